@@ -1,0 +1,168 @@
+"""What the core needs of the world, as Protocols. Adapters implement them; nothing here does anything.
+
+`Store` is modelled on etcd v3. `Blobs` is the little of a file system or object store that a snapshot needs.
+`Votes` carries the two-phase commit. `Clock` is the only source of time for whatever is driven by a machine of `core`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Json = Any
+"""None, bool, int, float, str, list or dict with str keys: nothing else travels or is stored."""
+
+
+class Outcome(enum.Enum):
+    """What became of an effect. `UNKNOWN` (a timeout after the request left) is settled by reading, never assumed."""
+
+    OK = "ok"
+    CONFLICT = "conflict"
+    UNKNOWN = "unknown"
+
+
+class Clock(Protocol):
+    """Time as the adapters see it."""
+
+    def monotonic(self) -> float:
+        """Seconds; only differences mean anything."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch, for people to read; never for decisions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One key of a store. `lease` is 0 for a key that no lease owns."""
+
+    key: str
+    value: Json
+    create_revision: int
+    mod_revision: int
+    lease: int = 0
+
+
+class EventKind(enum.Enum):
+    PUT = "put"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """A change. For DELETE `value` is None. `lost` marks a watch that could not resume: read everything again."""
+
+    kind: EventKind
+    key: str
+    value: Json
+    revision: int
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """`key` must be at `mod_revision` (0: must not exist)."""
+
+    key: str
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    key: str
+    value: Json
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Txn:
+    outcome: Outcome
+    revision: int
+    entries: tuple[Entry, ...] = field(default=())
+
+
+class StoreUnavailable(Exception):
+    """The store did not answer in time. `sent` says that the request may have taken effect (Outcome.UNKNOWN)."""
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class Watch(Protocol):
+    def cancel(self) -> None:
+        """Stop; idempotent; no callback begins after it returned."""
+
+
+class Store(Protocol):
+    """The coordination store. Thread safe. Every call is bounded in time and raises `StoreUnavailable` past it."""
+
+    def get(self, key: str) -> Entry | None: ...
+
+    def get_prefix(self, prefix: str) -> tuple[list[Entry], int]:
+        """All entries under `prefix`, ordered by key, and the store's revision they were read at."""
+
+    def put(self, key: str, value: Json, *, lease: int = 0) -> int:
+        """Returns the revision of the write."""
+
+    def delete(self, key: str) -> bool:
+        """True when the key existed."""
+
+    def txn(self, compares: Sequence[Compare], operations: Sequence[Put | Delete]) -> Txn:
+        """All operations if all compares hold (OK), none otherwise (CONFLICT, with the compared keys' entries)."""
+
+    def lease_grant(self, ttl_s: float) -> int: ...
+
+    def lease_keep_alive(self, lease: int) -> float:
+        """Remaining seconds granted; 0.0 when the lease has expired."""
+
+    def lease_revoke(self, lease: int) -> None: ...
+
+    def watch(self, prefix: str, from_revision: int, on_event: Callable[[WatchEvent], None]) -> Watch:
+        """Every change of `prefix` with revision >= from_revision, in order, each once, from a thread of the store's."""
+
+    def close(self) -> None: ...
+
+
+class Blobs(Protocol):
+    """Named immutable byte strings under one root; names use "/" and never leave the root."""
+
+    def read(self, name: str, *, bytes_max: int) -> bytes:
+        """Raises FileNotFoundError; ElasticError when it is larger than `bytes_max`."""
+
+    def read_range(self, name: str, offset: int, nbytes: int) -> bytes: ...
+
+    def size(self, name: str) -> int: ...
+
+    def put_if_absent(self, name: str, data: bytes) -> Outcome:
+        """Durable and whole, or not there. CONFLICT when the name exists (with the same or another content)."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Atomic replacement, for hints (HEAD) only."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Names under `prefix`, sorted; temporary names are not shown."""
+
+
+class Votes(Protocol):
+    """The transport of one snapshot's two-phase commit among the ranks of a generation. Every call is bounded in time;
+    a lost peer raises `VotesLost` on every rank that still waits."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, payload: bytes) -> list[bytes] | None:
+        """All ranks call it; rank 0 gets the payloads by rank, the others None."""
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Rank 0 gives the payload, every rank gets it."""
+
+
+class VotesLost(Exception):
+    """A peer died or did not answer within the bound: the snapshot is undecided here, settle it by reading."""
