@@ -1,0 +1,349 @@
+"""The one tree of settings: defaults < YAML file < environment < flags.
+
+For whoever needs a number that a person may want to change. May read a configuration file and nothing else;
+must never start, create or change anything. Every field is here once: its type, range, default and meaning;
+checks, environment names, `--print-config` and the reference in the docs are derived from it.
+
+A YAML file has a mapping per group; the environment has `AUTOGLM_<GROUP>_<FIELD>`; a flag is
+`--set group.field=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from autoglm_elastic.errors import UsageError
+
+FILE_BYTES_MAX: Final = 1 << 20
+"""A configuration is a page or two; anything larger is some other file."""
+
+ENVIRONMENT_PREFIX: Final = "AUTOGLM_"
+
+
+class _Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A group of settings."""
+
+
+class Membership(_Group, frozen=True):
+    """Who belongs to a generation, and how long to wait for whom."""
+
+    lease_s: Annotated[
+        float,
+        Meta(ge=0.2, le=300, description="A node that has not renewed its lease for so long counts as dead."),
+    ] = 2.0
+    join_window_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="The first round closes below the maximum when nobody joined for so long.",
+        ),
+    ] = 2.0
+    join_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="Below the minimum of nodes for so long ends the job."),
+    ] = 900.0
+
+
+class Recovery(_Group, frozen=True):
+    """From a fault back to a committed step."""
+
+    unwind_limit_s: Annotated[
+        float,
+        Meta(
+            gt=0, le=3600, description="A survivor that has not left a broken generation by then is replaced."
+        ),
+    ] = 15.0
+    group_timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=86400, description="Timeout of the collectives and of building process groups."),
+    ] = 1800.0
+
+
+class Snapshot(_Group, frozen=True):
+    """When snapshots are taken and how they are written."""
+
+    interval_steps: Annotated[
+        int, Meta(ge=0, description="A snapshot every so many steps; 0: by time only.")
+    ] = 0
+    interval_s: Annotated[
+        float,
+        Meta(ge=0, description="A snapshot at the first step boundary after so long; 0: by steps only."),
+    ] = 60.0
+    pack_bytes_max: Annotated[
+        int,
+        Meta(ge=1 << 16, le=1 << 36, description="Size at which a pack is closed and the next one begun."),
+    ] = 1 << 30
+    verify_on_load: Annotated[
+        bool, Meta(description="Check the digest of every chunk before it is used.")
+    ] = True
+
+
+class Restart(_Group, frozen=True):
+    """What counts as progress, which forgives earlier failures (`--max-restarts` is the budget)."""
+
+    progress_s: Annotated[
+        float,
+        Meta(gt=0, description="Where no steps are committed: a group up for so long has made progress."),
+    ] = 300.0
+
+
+class Zygote(_Group, frozen=True):
+    """The process that workers are forked from."""
+
+    enabled: Annotated[
+        bool, Meta(description="Fork workers from a warm process instead of starting interpreters.")
+    ] = True
+    preload: Annotated[
+        tuple[str, ...],
+        Meta(description="Modules to import once, before workers are forked (also --preload)."),
+    ] = ()
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tree. Durations are seconds (`_s`), sizes are bytes (`_bytes`)."""
+
+    membership: Membership = Membership()
+    recovery: Recovery = Recovery()
+    snapshot: Snapshot = Snapshot()
+    restart: Restart = Restart()
+    zygote: Zygote = Zygote()
+
+    def to_json(self) -> str:
+        """One line of JSON with every value, for `wire.ENV_SETTINGS`."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Settings:
+        """The inverse of `to_json`. Raises `UsageError` for anything that it did not write."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise UsageError(f"settings as JSON: {error}", valid="what Settings.to_json() wrote") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings and, for every dotted name that a source gave, the words for which source."""
+
+    settings: Settings
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One setting as the tree declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    description: str
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable."""
+        return ENVIRONMENT_PREFIX + self.name.replace(".", "_").upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A value and where it came from."""
+
+    name: str
+    value: Any
+    source: str
+
+
+def fields() -> Iterator[Field]:
+    """Every setting, in the order of the tree."""
+    defaults = Settings()
+    for group in msgspec.structs.fields(Settings):
+        section = getattr(defaults, group.name)
+        hints = get_type_hints(type(section), include_extras=True)
+        for field in msgspec.structs.fields(type(section)):
+            hint = hints[field.name]
+            meta = next(extra for extra in get_args(hint)[1:] if isinstance(extra, Meta))
+            name = f"{group.name}.{field.name}"
+            yield Field(name, hint, getattr(section, field.name), meta.description or "")
+
+
+_FIELDS: Final = {field.name: field for field in fields()}
+_VARIABLES: Final = {field.variable: field for field in _FIELDS.values()}
+
+
+def load(
+    file: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Iterable[tuple[str, str, str]] = (),
+    *,
+    variables_ignored: Iterable[str] = (),
+) -> Loaded:
+    """The settings from all sources, each value checked where it is named.
+
+    Args:
+        file: a YAML file, or None.
+        environ: environment variables; those that do not begin with `AUTOGLM_` are not looked at.
+        overrides: (dotted name, value as text, words for its source), later ones win; see `override`.
+        variables_ignored: names that begin with `AUTOGLM_` and mean something else.
+
+    Raises:
+        UsageError: an unreadable file, an unknown name, a wrong type or range; names the place.
+    """
+    values: dict[str, Any] = {}
+    provenance: dict[str, str] = {}
+
+    def put(name: str, value: Any, source: str) -> None:
+        values[name] = _checked(_FIELDS[name], value, source)
+        provenance[name] = source
+
+    if file is not None:
+        for name, value in _read_yaml(Path(file)):
+            put(name, value, f"file {file}")
+    ignored = frozenset(variables_ignored)
+    for variable, text in sorted((environ or {}).items()):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in ignored:
+            continue
+        if variable not in _VARIABLES:
+            raise UsageError(
+                f"environment variable {variable}: no such setting", do=_nearest(variable, _VARIABLES)
+            )
+        put(_VARIABLES[variable].name, text, f"environment {variable}")
+    for name, text, source in overrides:
+        _require_known(name, source)
+        put(name, text, source)
+
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, leaf = name.partition(".")
+        tree.setdefault(group, {})[leaf] = value
+    return Loaded(msgspec.convert(tree, Settings), provenance)
+
+
+def override(text: str) -> tuple[str, str, str]:
+    """`group.field=value`, as given to `--set`, for `load`. Raises `UsageError` when there is no `=`."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text}", valid="--set group.field=value, such as --set membership.lease_s=5")
+    return name.strip(), value.strip(), f"flag --set {name.strip()}"
+
+
+def explain(loaded: Loaded) -> list[Explained]:
+    """Every setting with its value and source (`default` when nobody set it), in the order of the tree."""
+    return [
+        Explained(name, _value(loaded.settings, name), loaded.provenance.get(name, "default"))
+        for name in _FIELDS
+    ]
+
+
+def reference() -> str:
+    """The settings as a Markdown table, for the docs."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    lines += [
+        f"| `{field.name}` | `{show(field.default)}` | {field.description} |" for field in _FIELDS.values()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in the YAML file."""
+    return msgspec.json.encode(value).decode()
+
+
+def _value(settings: Settings, name: str) -> Any:
+    group, _, leaf = name.partition(".")
+    return getattr(getattr(settings, group), leaf)
+
+
+def _checked(field: Field, value: Any, source: str) -> Any:
+    if isinstance(value, str) and field.type.__origin__ == tuple[str, ...]:
+        value = [item for item in (part.strip() for part in value.split(",")) if item]
+    try:
+        checked = msgspec.convert(value, field.type, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{field.name} is {value!r} ({source})", valid=_expectation(error)) from error
+    if isinstance(checked, float) and not math.isfinite(checked):
+        raise UsageError(f"{field.name} is {value!r} ({source})", valid="a finite number")
+    return checked
+
+
+def _expectation(error: msgspec.ValidationError) -> str:
+    """What msgspec wanted, from its message "Expected `float` >= 0.2"."""
+    return str(error).removeprefix("Expected ").replace("`", "").partition(" - at")[0]
+
+
+def _require_known(name: str, source: str) -> None:
+    if name not in _FIELDS:
+        raise UsageError(f"{name}: no such setting ({source})", do=_nearest(name, _FIELDS))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"did you mean {close[0]}? autoglm-run --print-config lists all" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which plain YAML would silently drop one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise UsageError(
+            f"configuration {path}: {error.strerror or error}", valid="a readable YAML file"
+        ) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise UsageError(
+            f"configuration {path}: larger than {FILE_BYTES_MAX} bytes", valid="a YAML file of settings"
+        )
+    try:
+        document = yaml.load(data, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise UsageError(f"configuration {path}: not valid YAML: {_yaml_problem(error)}") from error
+    if document is None:
+        return
+    source = f"file {path}"
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"configuration {path}: {type(document).__name__}", valid="a mapping of groups to settings"
+        )
+    groups = {name.partition(".")[0] for name in _FIELDS}
+    for group, section in document.items():
+        if group not in groups:
+            raise UsageError(
+                f"{group}: no such group of settings ({source})", do=_nearest(str(group), groups)
+            )
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise UsageError(f"{group} is {section!r} ({source})", valid="a mapping of settings")
+        for leaf, value in section.items():
+            name = f"{group}.{leaf}"
+            _require_known(name, source)
+            yield name, value
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {problem}" if mark else problem
