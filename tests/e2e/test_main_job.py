@@ -1,0 +1,144 @@
+"""The main job as a user meets it: `autoglm-run` trains, loses workers and agents, goes on, and ends as if nothing
+had happened. Real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from job import SCRIPTS, Job
+
+TRAIN = SCRIPTS / "train.py"
+PLAIN = SCRIPTS / "plain.py"
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, object]:
+    """The end of an undisturbed run on two workers."""
+    with Job("--standalone", "--nproc-per-node=2", TRAIN) as job:
+        assert job.wait() == 0, job.output()
+        return job.wait_for(lambda line: "digest" in line)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, object]]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [record["fields"] for record in map(json.loads, lines) if record["name"] == name]
+
+
+def test_a_killed_worker_costs_no_step_and_leaves_no_trace(undisturbed: dict[str, object], run_dir: Path) -> None:
+    with Job("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN, "--pause-s=0.02") as job:
+        job.wait_for(lambda line: line.get("step") == 10)
+        survivor = job.wait_for(lambda line: line.get("rank") == 0)["pid"]
+        job.kill_worker(1)
+        job.wait_for(lambda line: line.get("step") == 20)
+        job.kill_worker(1)
+        assert job.wait() == 0, job.output()
+        end = job.wait_for(lambda line: "digest" in line)
+    assert end["digest"] == undisturbed["digest"]
+    assert {line["pid"] for line in job.reports if line.get("rank") == 0} == {survivor}, "the survivor kept its process"
+    assert job.steps() == list(range(1, 41)), "no step was lost or redone"
+    assert [closed["tier"] for closed in events(run_dir, "incident.closed")] == ["fresh", "live", "live"]
+    assert len(events(run_dir, "worker.died")) == 2
+
+
+def test_rank_zero_may_die_too(undisturbed: dict[str, object]) -> None:
+    with Job("--standalone", "--nproc-per-node=2", TRAIN, "--pause-s=0.02") as job:
+        job.wait_for(lambda line: line.get("step") == 10)
+        job.kill_worker(0)
+        assert job.wait() == 0, job.output()
+        assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
+    port = free_port()
+    common = (
+        "--nnodes=1:2", "--nproc-per-node=2", "--rdzv-backend=autoglm", f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=agents", "--run-dir", run_dir, TRAIN, "--pause-s=0.05", "--steps=90",
+    )  # fmt: skip
+    with Job(*common) as first:
+        with Job(*common) as second:
+            first.wait_for(lambda line: line.get("step", 0) >= 10 and line["world"] == 4)
+            second.process.kill()
+            second.process.wait()
+            first.wait_for(lambda line: line.get("world") == 2 and "step" in line)
+        with Job(*common) as third:
+            first.wait_for(lambda line: line.get("world") == 4 and line.get("step", 0) > 20)
+            assert first.wait() == 0, first.output()
+            assert third.wait() == 0, third.output()
+    assert first.steps() == list(range(1, 91)), "no step was lost or redone"
+    tiers = [closed["tier"] for closed in events(run_dir, "incident.closed")]
+    assert set(tiers[1:]) == {"live"}, tiers
+
+
+def test_a_survivor_that_does_not_unwind_is_replaced(undisturbed: dict[str, object], tmp_path: Path) -> None:
+    arguments = ("--stuck-rank=0", "--stuck-step=12", f"--once={tmp_path / 'once'}")
+    with Job("--standalone", "--nproc-per-node=2", "--set", "recovery.unwind_limit_s=1", TRAIN, *arguments) as job:
+        job.wait_for(lambda line: "stuck" in line)
+        job.kill_worker(1)
+        assert job.wait() == 0, job.output()
+    # Nobody's state survived and there is no run directory: it started over, and says so.
+    assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+def test_exiting_early_is_a_failure_and_is_replaced(undisturbed: dict[str, object], tmp_path: Path) -> None:
+    arguments = ("--exit-rank=1", "--exit-step=9", f"--once={tmp_path / 'once'}")
+    with Job("--standalone", "--nproc-per-node=2", TRAIN, *arguments) as job:
+        assert job.wait() == 0, job.output()
+    assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+def test_a_users_own_error_ends_the_job_after_its_budget_and_is_named() -> None:
+    with Job("--standalone", "--nproc-per-node=2", "--max-restarts=2", TRAIN, "--raise-step=5") as job:
+        assert job.wait() == 1
+    assert "the user's own mistake" in job.output()
+    assert len([line for line in job.reports if line.get("rank") == 0 and "entered" in line]) == 3
+
+
+def test_sigterm_commits_a_snapshot_and_the_same_command_resumes(undisturbed: dict[str, object], run_dir: Path) -> None:
+    command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN)
+    with Job(*command, "--pause-s=0.05") as job:
+        job.wait_for(lambda line: line.get("step") == 10)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 75, job.output()
+        left_at = max(job.steps())
+    assert (run_dir / "latest").exists()
+    with Job(*command) as job:
+        assert job.wait() == 0, job.output()
+    assert job.steps() == list(range(left_at + 1, 41))
+    assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "fsdp2"])
+def test_losing_everybody_falls_back_to_the_newest_snapshot(shard: bool, run_dir: Path) -> None:
+    flags = ("--shard",) if shard else ()
+    command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, "--set", "snapshot.interval_steps=5", TRAIN, "--pause-s=0.03", *flags)
+    with Job(*command) as job:
+        job.wait_for(lambda line: line.get("step") == 17)
+        job.kill_worker(0)
+        job.kill_worker(1)
+        assert job.wait() == 0, job.output()
+    closed = events(run_dir, "incident.closed")[-1]
+    assert closed["tier"] == "disk"
+    assert int(str(closed["from_step"])) >= 5
+    assert job.steps()[-1] == 40
+
+
+def test_a_plain_script_restarts_as_under_torchrun() -> None:
+    with Job("--standalone", "--nproc-per-node=2", "--max-restarts=3", PLAIN, "10", "2") as job:
+        assert job.wait() == 0, job.output()
+    assert sorted({line["restart"] for line in job.reports if "restart" in line}) == [0, 1, 2]
+
+
+def test_a_plain_script_fails_for_good_with_torchs_summary() -> None:
+    with Job("--standalone", "--nproc-per-node=2", "--max-restarts=1", PLAIN, "10", "99") as job:
+        assert job.wait() == 1
+    assert "Root Cause (first observed failure)" in "\n".join(job.text)
