@@ -11,16 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from autoglm_elastic.core.outcome import Outcome as Outcome
+
 Json = Any
 """None, bool, int, float, str, list or dict with str keys: nothing else travels or is stored."""
-
-
-class Outcome(enum.Enum):
-    """What became of an effect. `UNKNOWN` (a timeout after the request left) is settled by reading, never assumed."""
-
-    OK = "ok"
-    CONFLICT = "conflict"
-    UNKNOWN = "unknown"
 
 
 class Clock(Protocol):
@@ -150,6 +144,45 @@ class Blobs(Protocol):
         """Names under `prefix`, sorted; temporary names are not shown."""
 
 
+class BlobReader(Protocol):
+    """One open blob: many ranges of it, read from several threads."""
+
+    name: str
+    nbytes: int
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view`. Raises ElasticError when the blob ends before it is full."""
+
+    def close(self) -> None: ...
+
+
+class PendingBlob(Protocol):
+    """A blob being written under a name that nobody sees."""
+
+    def write(self, view: memoryview | bytes) -> None: ...
+
+    def publish(self, name: str) -> None:
+        """Durable and visible under `name`; an existing blob of that name is replaced (content names only)."""
+
+    def discard(self) -> None:
+        """Forget it; idempotent, never raises."""
+
+
+class StreamBlobs(Blobs, Protocol):
+    """Blobs that can also be written and read in pieces: what packs need."""
+
+    def open(self, name: str) -> BlobReader:
+        """Raises FileNotFoundError."""
+
+    def create(self) -> PendingBlob: ...
+
+    def point(self, name: str, target: str) -> None:
+        """Let the name `name` show `target` to people (a symbolic link); a hint, nothing reads it back."""
+
+    def delete(self, name: str) -> None:
+        """Idempotent."""
+
+
 class Votes(Protocol):
     """The transport of one snapshot's two-phase commit among the ranks of a generation. Every call is bounded in time;
     a lost peer raises `VotesLost` on every rank that still waits."""
@@ -162,6 +195,9 @@ class Votes(Protocol):
 
     def broadcast(self, payload: bytes | None) -> bytes:
         """Rank 0 gives the payload, every rank gets it."""
+
+    def channel(self, number: int) -> Votes:
+        """A second conversation over the same transport, independent of this one (another thread may hold it)."""
 
 
 class VotesLost(Exception):

@@ -1,0 +1,28 @@
+"""Named points between every two effects of a snapshot, for tests that stop or kill a process exactly there.
+
+Production passes nothing and each point is one call of a function that returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+POINTS: Final = (
+    "staged",
+    "packs_written",
+    "vote_sent",
+    "votes_gathered",
+    "manifest_written",
+    "entry_put",
+    "hints_moved",
+    "announced",
+    "decided",
+)
+"""In the order in which they are passed; `vote_sent` and `decided` on every rank, what lies between on rank 0."""
+
+Failpoints = Callable[[str], None]
+
+
+def none(point: str) -> None:
+    """Does nothing."""

@@ -1,0 +1,333 @@
+"""Blobs on a local (or POSIX) file system.
+
+A blob becomes visible only whole and durable: temporary name, fsync, link or rename, fsync of the directory. Reading
+follows no symbolic link below the root and never leaves it. After a failed fsync the file is abandoned, since the kernel
+may have marked its lost pages clean (`SyncFailed`: write the data anew under another name).
+
+This room knows nothing of snapshots; it must never overwrite a blob in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from typing import Final
+
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
+from autoglm_elastic.ports import Outcome
+from autoglm_elastic.storage.files import Files
+
+NAME_PARTS_MAX: Final = 4
+NAME_BYTES_MAX: Final = 255
+TEMPORARY_DIR: Final = "tmp"
+WRITE_BYTES: Final = 8 << 20
+"""One write call; large enough to be sequential on every disk, small enough to notice an error early."""
+SYNC_ATTEMPTS: Final = 2
+"""How often a small blob is written anew under another name after a failed fsync."""
+
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
+_READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+_DIR_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY
+
+
+class SyncFailed(PlatformError):
+    """fsync failed: what was written may be lost although later calls succeed. Write it anew elsewhere."""
+
+
+def checked_name(name: str) -> tuple[str, ...]:
+    """The parts of a blob's name. Raises UsageError for a name that could leave the root or hide in it."""
+    parts = tuple(name.split("/"))
+    if len(name) > NAME_BYTES_MAX or len(parts) > NAME_PARTS_MAX or not all(_PART.fullmatch(part) for part in parts):
+        raise UsageError(
+            f"blob name {name[:80]!r}", valid=f"at most {NAME_PARTS_MAX} parts of letters, digits and ._-+= joined by /"
+        )
+    return parts
+
+
+def platform_error(error: OSError, doing: str, path: str) -> PlatformError:
+    """An OSError as one line for a person."""
+    advice = {
+        errno.ENOSPC: "free some space or choose another run directory",
+        errno.EDQUOT: "free some of your quota or choose another run directory",
+        errno.EROFS: "choose a run directory on a writable file system",
+        errno.EACCES: "check the permissions of the run directory",
+        errno.EPERM: "check that the file system allows this operation (hard links are needed)",
+        errno.EIO: "check the disk",
+    }.get(error.errno or 0, "")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PlatformError(f"{doing} {path}: {reason}", do=advice)
+
+
+class LocalReader:
+    """One open file (ports.BlobReader); reads carry their own offset, so threads can share it."""
+
+    def __init__(self, files: Files, fd: int, name: str, path: str, nbytes: int) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self._files, self._fd, self._path = files, fd, path
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        if offset < 0 or offset + view.nbytes > self.nbytes:
+            raise CorruptSnapshot(
+                f"{self._path} has {self.nbytes} bytes, but bytes {offset} to {offset + view.nbytes} are wanted"
+            )
+        done = 0
+        while done < view.nbytes:
+            try:
+                count = self._files.read_into(self._fd, view[done:], offset + done)
+            except OSError as error:
+                raise platform_error(error, "reading", self._path) from error
+            if count == 0:
+                raise CorruptSnapshot(f"{self._path} became shorter while it was read")
+            done += count
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._files.close(self._fd)
+            self._fd = -1
+
+
+class LocalPending:
+    """A file under a temporary name (ports.PendingBlob)."""
+
+    def __init__(self, blobs: LocalBlobs) -> None:
+        self._blobs = blobs
+        self._files = blobs.files
+        self.path = blobs.temporary_path()
+        try:
+            self._fd = self._files.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+        except OSError as error:
+            raise platform_error(error, "creating", self.path) from error
+
+    def write(self, view: memoryview | bytes) -> None:
+        data = memoryview(view).cast("B")
+        done = 0
+        try:
+            while done < data.nbytes:
+                done += self._files.write(self._fd, data[done : done + WRITE_BYTES])
+        except OSError as error:
+            self.discard()
+            raise platform_error(error, "writing", self.path) from error
+
+    def sync(self) -> None:
+        """Data durable, file closed. Raises SyncFailed; the file is gone then."""
+        try:
+            self._files.fsync(self._fd)
+        except OSError as error:
+            self.discard()
+            raise SyncFailed(*platform_error(error, "fsync of", self.path).args) from error
+        fd, self._fd = self._fd, -1
+        self._files.close(fd)
+
+    def publish(self, name: str) -> None:
+        target = self._blobs.path(name)
+        self.sync()
+        try:
+            self._blobs.ensure_parent(name)
+            self._files.rename(self.path, target)
+            self._files.fsync_directory(os.path.dirname(target))
+        except OSError as error:
+            self.discard()
+            raise platform_error(error, "publishing", target) from error
+
+    def discard(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                self._files.close(fd)
+            except OSError:
+                pass
+        self._blobs.forget(self.path)
+
+
+class LocalBlobs:
+    """ports.StreamBlobs under the directory `root`, which is made when something is written.
+
+    Args:
+        root: the directory; may itself be reached through symbolic links.
+        files: the system calls, for tests.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, files: Files | None = None) -> None:
+        self.root = os.path.abspath(os.fspath(root))
+        self.files = files or Files()
+        self._durable_dirs: set[str] = set()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, *checked_name(name))
+
+    def temporary_path(self) -> str:
+        try:
+            self._ensure_dir(os.path.join(self.root, TEMPORARY_DIR))
+        except OSError as error:
+            raise platform_error(error, "making", os.path.join(self.root, TEMPORARY_DIR)) from error
+        return os.path.join(self.root, TEMPORARY_DIR, f"{os.getpid()}-{secrets.token_hex(8)}")
+
+    def forget(self, path: str) -> None:
+        """Removes a temporary file if it is there; a left-over is swept by garbage collection."""
+        try:
+            self.files.unlink(path)
+        except OSError:
+            pass
+
+    def ensure_parent(self, name: str) -> None:
+        self._ensure_dir(os.path.dirname(self.path(name)))
+
+    def _ensure_dir(self, path: str) -> None:
+        """The directory exists and so, durably, does its name up to the root. Raises OSError."""
+        if path in self._durable_dirs:
+            return
+        parent = os.path.dirname(path)
+        if path == self.root:
+            os.makedirs(parent, exist_ok=True)
+        else:
+            self._ensure_dir(parent)
+        try:
+            self.files.mkdir(path)
+        except FileExistsError:
+            mode = os.stat(path).st_mode if path == self.root else os.lstat(path).st_mode
+            if not stat.S_ISDIR(mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        self.files.fsync_directory(parent)
+        self._durable_dirs.add(path)
+
+    def _open(self, name: str, flags: int) -> int:
+        """Walks down with O_NOFOLLOW, so that no link below the root is followed. Raises OSError."""
+        parts = checked_name(name)
+        directory = self.files.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in parts[:-1]:
+                deeper = self.files.open(part, _DIR_FLAGS, dir_fd=directory)
+                self.files.close(directory)
+                directory = deeper
+            return self.files.open(parts[-1], flags, dir_fd=directory)
+        finally:
+            self.files.close(directory)
+
+    def open(self, name: str) -> LocalReader:
+        path = self.path(name)
+        try:
+            fd = self._open(name, _READ_FLAGS)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise CorruptSnapshot(f"{path} is or lies behind a symbolic link", valid="a plain file") from error
+            raise platform_error(error, "opening", path) from error
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.files.close(fd)
+            raise CorruptSnapshot(f"{path} is no plain file")
+        return LocalReader(self.files, fd, name, path, status.st_size)
+
+    def read(self, name: str, *, bytes_max: int) -> bytes:
+        reader = self.open(name)
+        try:
+            if reader.nbytes > bytes_max:
+                raise CorruptSnapshot(f"{self.path(name)} has {reader.nbytes} bytes", valid=f"at most {bytes_max}")
+            data = bytearray(reader.nbytes)
+            reader.read_into(0, memoryview(data))
+            return bytes(data)
+        finally:
+            reader.close()
+
+    def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
+        reader = self.open(name)
+        try:
+            if offset < 0 or nbytes < 0 or offset + nbytes > reader.nbytes:
+                raise CorruptSnapshot(
+                    f"{self.path(name)} has {reader.nbytes} bytes, but {nbytes} from {offset} are wanted"
+                )
+            data = bytearray(nbytes)
+            reader.read_into(offset, memoryview(data))
+            return bytes(data)
+        finally:
+            reader.close()
+
+    def size(self, name: str) -> int:
+        reader = self.open(name)
+        reader.close()
+        return reader.nbytes
+
+    def _synced(self, data: bytes) -> LocalPending:
+        for attempt in range(1, SYNC_ATTEMPTS + 1):
+            pending = LocalPending(self)
+            pending.write(data)
+            try:
+                pending.sync()
+                return pending
+            except SyncFailed:
+                if attempt == SYNC_ATTEMPTS:
+                    raise
+        raise ElasticError("no attempt was made to write a blob")
+
+    def put_if_absent(self, name: str, data: bytes) -> Outcome:
+        """OK, CONFLICT, or UNKNOWN when the name may be there but not durably: read to settle it."""
+        target = self.path(name)
+        pending = self._synced(data)
+        try:
+            self.ensure_parent(name)
+            self.files.link(pending.path, target)
+        except FileExistsError:
+            return Outcome.CONFLICT
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return Outcome.UNKNOWN
+            raise platform_error(error, "creating", target) from error
+        finally:
+            pending.discard()
+        try:
+            self.files.fsync_directory(os.path.dirname(target))
+        except OSError:
+            return Outcome.UNKNOWN
+        return Outcome.OK
+
+    def replace(self, name: str, data: bytes) -> None:
+        target = self.path(name)
+        pending = self._synced(data)
+        try:
+            self.ensure_parent(name)
+            self.files.rename(pending.path, target)
+            self.files.fsync_directory(os.path.dirname(target))
+        except OSError as error:
+            pending.discard()
+            raise platform_error(error, "replacing", target) from error
+
+    def point(self, name: str, target: str) -> None:
+        path = self.path(name)
+        temporary = self.temporary_path()
+        try:
+            self.ensure_parent(name)
+            self.files.symlink(target, temporary)
+            self.files.rename(temporary, path)
+        except OSError as error:
+            self.forget(temporary)
+            raise platform_error(error, "linking", path) from error
+
+    def delete(self, name: str) -> None:
+        path = self.path(name)
+        try:
+            self.files.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise platform_error(error, "removing", path) from error
+
+    def list(self, prefix: str) -> list[str]:
+        """Plain files under the directory `prefix`, at any depth a name can have."""
+        top = self.path(prefix)
+        names: list[str] = []
+
+        def failed(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise platform_error(error, "listing", top)
+
+        for directory, dirs, files in os.walk(top, onerror=failed, followlinks=False):
+            relative = os.path.relpath(directory, self.root).replace(os.sep, "/")
+            if relative.count("/") + 2 >= NAME_PARTS_MAX:
+                dirs.clear()
+            names.extend(f"{relative}/{file}" for file in files if _PART.fullmatch(file))
+        return sorted(names)
