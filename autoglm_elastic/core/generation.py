@@ -1,0 +1,123 @@
+"""A sealed membership: who is in, in which order, with which ranks. What the leader writes and every agent
+reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autoglm_elastic.core.failure import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A live node. `incarnation` grows whenever its agent starts anew: of the old one no worker is left."""
+
+    node: str
+    host: str
+    nproc: int
+    role: str
+    incarnation: int
+
+    def __post_init__(self) -> None:
+        if self.nproc < 1:
+            raise ValueError(f"node {self.node} offers {self.nproc} workers; at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A node's place: it is the `group_rank`-th node, its workers are ranks `base_rank` … `base_rank + nproc
+    - 1`."""
+
+    node: str
+    host: str
+    nproc: int
+    role: str
+    group_rank: int
+    base_rank: int
+    role_base_rank: int
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """`parent` is the generation sealed before (-1: none). `planned`: nothing broke, leave the parent at an
+    agreed step boundary. `restart_count` counts the failures that led here. `failures`, `committed_step` and
+    `first_failure` are the restart budget's memory, so that a new leader does not forget."""
+
+    number: int
+    parent: int
+    placements: tuple[Placement, ...]
+    world_size: int
+    planned: bool
+    reason: str
+    restart_count: int
+    failures: int = 0
+    committed_step: int = -1
+    first_failure: Failure | None = None
+
+    def placement(self, node: str) -> Placement | None:
+        return next((place for place in self.placements if place.node == node), None)
+
+    def role_world_size(self, role: str) -> int:
+        return sum(place.nproc for place in self.placements if place.role == role)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"placements": [asdict(place) for place in self.placements]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Generation:
+        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+        failure = data["first_failure"]
+        generation = cls(
+            number=int(data["number"]),
+            parent=int(data["parent"]),
+            placements=tuple(
+                Placement(
+                    node=str(place["node"]),
+                    host=str(place["host"]),
+                    nproc=int(place["nproc"]),
+                    role=str(place["role"]),
+                    group_rank=int(place["group_rank"]),
+                    base_rank=int(place["base_rank"]),
+                    role_base_rank=int(place["role_base_rank"]),
+                    incarnation=int(place["incarnation"]),
+                )
+                for place in data["placements"]
+            ),
+            world_size=int(data["world_size"]),
+            planned=bool(data["planned"]),
+            reason=str(data["reason"]),
+            restart_count=int(data["restart_count"]),
+            failures=int(data["failures"]),
+            committed_step=int(data["committed_step"]),
+            first_failure=None if failure is None else Failure.from_json(failure),
+        )
+        if generation.world_size != sum(place.nproc for place in generation.placements):
+            raise ValueError(f"generation {generation.number}: world size and placements do not agree")
+        return generation
+
+
+def place(members: Iterable[Member]) -> tuple[Placement, ...]:
+    """Give out ranks in the order of `members`."""
+    placements: list[Placement] = []
+    base_rank = 0
+    by_role: dict[str, int] = {}
+    for group_rank, member in enumerate(members):
+        role_base = by_role.get(member.role, 0)
+        placements.append(
+            Placement(
+                node=member.node,
+                host=member.host,
+                nproc=member.nproc,
+                role=member.role,
+                group_rank=group_rank,
+                base_rank=base_rank,
+                role_base_rank=role_base,
+                incarnation=member.incarnation,
+            )
+        )
+        base_rank += member.nproc
+        by_role[member.role] = role_base + member.nproc
+    return tuple(placements)
