@@ -185,16 +185,14 @@ def load(
     file: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
     overrides: Iterable[tuple[str, str, str]] = (),
-    *,
-    variables_ignored: Iterable[str] = (),
 ) -> Loaded:
     """The settings from all sources, each value checked where it is named.
 
     Args:
         file: a YAML file, or None.
-        environ: environment variables; those that do not begin with `AUTOGLM_` are not looked at.
+        environ: environment variables. One that looks like a setting's name and is none is refused; other
+            names that begin with `AUTOGLM_` (those of `wire`, or a user's own) are not ours to judge.
         overrides: (dotted name, value as text, words for its source), later ones win; see `override`.
-        variables_ignored: names that begin with `AUTOGLM_` and mean something else.
 
     Raises:
         UsageError: an unreadable file, an unknown name, a wrong type or range; names the place.
@@ -209,15 +207,13 @@ def load(
     if file is not None:
         for name, value in _read_yaml(Path(file)):
             put(name, value, f"file {file}")
-    ignored = frozenset(variables_ignored)
     for variable, text in sorted((environ or {}).items()):
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in ignored:
-            continue
-        if variable not in _VARIABLES:
+        if variable in _VARIABLES:
+            put(_VARIABLES[variable].name, text, f"environment {variable}")
+        elif _looks_like_setting(variable):
             raise UsageError(
                 f"environment variable {variable}: no such setting", do=_nearest(variable, _VARIABLES)
             )
-        put(_VARIABLES[variable].name, text, f"environment {variable}")
     for name, text, source in overrides:
         _require_known(name, source)
         put(name, text, source)
@@ -259,6 +255,19 @@ def show(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
+def to_yaml(explained: Iterable[Explained]) -> str:
+    """The settings as a configuration file that gives the same values, each with its source as a comment."""
+    lines: list[str] = []
+    group = ""
+    for item in explained:
+        section, _, leaf = item.name.partition(".")
+        if section != group:
+            group = section
+            lines.append(f"{group}:")
+        lines.append(f"{f'  {leaf}: {show(item.value)}':<40}  # {item.source}")
+    return "\n".join(lines) + "\n"
+
+
 def _value(settings: Settings, name: str) -> Any:
     group, _, leaf = name.partition(".")
     return getattr(getattr(settings, group), leaf)
@@ -284,6 +293,13 @@ def _expectation(error: msgspec.ValidationError) -> str:
 def _require_known(name: str, source: str) -> None:
     if name not in _FIELDS:
         raise UsageError(f"{name}: no such setting ({source})", do=_nearest(name, _FIELDS))
+
+
+def _looks_like_setting(variable: str) -> bool:
+    if not variable.startswith(ENVIRONMENT_PREFIX):
+        return False
+    groups = tuple(f"{ENVIRONMENT_PREFIX}{group.name.upper()}_" for group in msgspec.structs.fields(Settings))
+    return variable.startswith(groups) or bool(difflib.get_close_matches(variable, _VARIABLES, cutoff=0.8))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,274 @@
+"""From a checked command line to a finished job: torch's `run()` and `launch_agent()`, around our agent.
+
+May touch: this process's environment, the run directory, the zygote, the agent. Must never: print, start
+anything before the command line is checked, or start a thread before the zygote is forked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+import uuid
+from typing import Any, Final, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic import events as torch_events
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.metrics import initialize_metrics
+from torch.distributed.elastic.metrics.api import MetricsConfig
+from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+from torch.distributed.launcher import api as torch_launcher
+from torch.distributed.launcher.api import LaunchConfig
+
+from autoglm_elastic.agent import flags
+from autoglm_elastic.agent.agent import ElasticAgent
+from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
+from autoglm_elastic.agent.run_dir import RunDirectory
+from autoglm_elastic.agent.zygote import Zygote
+from autoglm_elastic.errors import ExitCode, PlatformError, UsageError
+from autoglm_elastic.observe import events
+from autoglm_elastic.settings import Settings
+
+SHARED_STORE_OFF: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torch's switch for a fresh store per attempt. With its shared one a restarted rank can read the address
+that a peer had in the attempt before, and hang."""
+
+
+def launch(command: flags.Command) -> int:
+    """Run the job of `command`; the exit code when its workers are done (0 or 75).
+
+    Raises:
+        ElasticError: one line for the person, with its exit code.
+        ChildFailedError: a worker failed for good; its text is torch's failure summary.
+        SignalException: this launcher was told to stop, and has stopped its workers.
+    """
+    run_dir = None
+    if command.args.run_dir is not None:
+        run_dir = RunDirectory(command.args.run_dir, run_id=command.run_id_given)
+    zygote = _fork_zygote(command)
+    try:
+        # torch's @record: this launcher's own error file, for a launcher above it. After the fork, because it
+        # enables faulthandler, which a fresh interpreter of a worker would not have.
+        return record(_launch)(command, run_dir, zygote) or ExitCode.DONE
+    finally:
+        if zygote is not None:
+            zygote.close()
+        if run_dir is not None:
+            run_dir.unlock()
+
+
+def _fork_zygote(command: flags.Command) -> Zygote | None:
+    args, settings = command.args, command.loaded.settings
+    another_program = args.no_python or os.environ.get("PYTHON_EXEC", sys.executable) != sys.executable
+    if not settings.zygote.enabled or another_program or args.run_path:
+        return None
+    return Zygote.fork(settings.zygote.preload)
+
+
+def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote | None) -> int:
+    torch.multiprocessing._set_thread_name("pt_elastic")
+    if run_dir is not None:
+        _begin(command, run_dir)
+    config, entrypoint, arguments = _config(command, run_dir)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
+    if config.rdzv_backend == "c10d":
+        os.environ.setdefault(SHARED_STORE_OFF, "1")
+    parameters, handler = _rendezvous(config)
+    shut_down = True
+    try:
+        if run_dir is not None:
+            _settle_lock(command, run_dir, handler)
+        spec = _spec(config, entrypoint, arguments, parameters, handler)
+        with contextlib.closing(_event_log(run_dir, _node_of(handler))) as log:
+            agent = ElasticAgent(
+                spec,
+                cast(LogsSpecs, config.logs_specs),  # LaunchConfig has filled in both
+                start_method=config.start_method,
+                log_line_prefix_template=config.log_line_prefix_template,
+                shutdown_timeout=cast(int, config.shutdown_timeout),
+                zygote=zygote,
+                settings=command.loaded.settings,
+                run_dir=None if run_dir is None else run_dir.path,
+                events=log,
+            )
+            log.emit(_job_started(command, config, handler))
+            return _run(agent, config, torch_launcher._get_entrypoint_name(entrypoint, arguments))
+    except SignalException:
+        shut_down = False  # as torch: the rendezvous stays open for the other nodes
+        raise
+    finally:
+        if shut_down:
+            handler.shutdown()
+
+
+def _begin(command: flags.Command, run_dir: RunDirectory) -> None:
+    """Claim and create the run directory. With an endpoint that others know, who claims it is seen later."""
+    args = command.args
+    if command.is_alone or args.fresh:
+        run_dir.lock()
+    if args.fresh:
+        run_dir.destroy(args.destroy)
+    run_dir.begin(["autoglm-run", *command.argv])
+
+
+def _settle_lock(command: flags.Command, run_dir: RunDirectory, handler: RendezvousHandler) -> None:
+    """The lock is the store host's: taken when this agent turns out to be it, given back when it is not."""
+    if isinstance(handler, AutoglmRendezvousHandler):
+        hosts = handler.hosts_store
+    else:
+        hosts = flags.nodes(command.args)[1] == 1 or (
+            command.args.rdzv_backend == "static" and command.args.node_rank == 0
+        )
+    if hosts:
+        run_dir.lock()
+    else:
+        run_dir.unlock()
+
+
+def _config(command: flags.Command, run_dir: RunDirectory | None) -> tuple[LaunchConfig, Any, list[str]]:
+    args = command.args
+    if run_dir is not None and args.log_dir is None:
+        args.log_dir = os.fspath(run_dir.path / "logs")
+    if command.run_id_given is None and command.is_alone:
+        args.rdzv_id = run_dir.run_id if run_dir is not None else str(uuid.uuid4())
+    try:
+        config, entrypoint, arguments = torchrun.config_from_args(args)
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise UsageError(_one_line(error), do="autoglm-run --help lists the flags") from error
+    if config.nproc_per_node < 1:
+        raise UsageError(
+            f"--nproc-per-node {args.nproc_per_node}", valid="a number from 1 on, or cpu, gpu, auto"
+        )
+    if command.is_ours:
+        first_generation = run_dir.next_generation() if run_dir is not None else 1
+        config.rdzv_configs |= _our_rdzv_configs(args, config, command.loaded.settings, first_generation)
+    return config, entrypoint, arguments
+
+
+def _our_rdzv_configs(
+    args: argparse.Namespace, config: LaunchConfig, settings: Settings, first_generation: int
+) -> dict[str, Any]:
+    """What our rendezvous is told; a user's own --rdzv-conf wins over the settings."""
+    membership = settings.membership
+    ours = {
+        "join_window_s": membership.join_window_s,
+        "lease_s": membership.lease_s,
+        "join_timeout": membership.join_timeout_s,
+        "first_generation": first_generation,
+        "max_restarts": config.max_restarts,
+        "progress_s": settings.restart.progress_s,
+        "nproc": config.nproc_per_node,
+        "role": config.role,
+    }
+    given = _parse_rendezvous_config(args.rdzv_conf)
+    if "timeout" in given:
+        given.setdefault("join_timeout", given["timeout"])
+    return {**ours, **given}
+
+
+def _rendezvous(config: LaunchConfig) -> tuple[RendezvousParameters, RendezvousHandler]:
+    parameters = RendezvousParameters(
+        backend=config.rdzv_backend,
+        endpoint=config.rdzv_endpoint,
+        run_id=config.run_id,
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        local_addr=config.local_addr,
+        **config.rdzv_configs,
+    )
+    try:
+        if config.rdzv_backend == flags.BACKEND:
+            return parameters, torchrun_handler()(parameters)
+        return parameters, get_rendezvous_handler(parameters)
+    except (RendezvousError, dist.DistError, OSError) as error:
+        raise PlatformError(
+            f"rendezvous {config.rdzv_backend} at {config.rdzv_endpoint}: {_one_line(error)}"
+        ) from error
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(f"--rdzv-backend {config.rdzv_backend}: {_one_line(error)}") from error
+
+
+def _spec(
+    config: LaunchConfig,
+    entrypoint: Any,
+    arguments: list[str],
+    parameters: RendezvousParameters,
+    handler: RendezvousHandler,
+) -> WorkerSpec:
+    """As torch's `launch_agent`."""
+    master_addr, master_port = torch_launcher._get_addr_and_port(parameters)
+    return WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=entrypoint,
+        args=tuple(arguments),
+        rdzv_handler=handler,
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        master_addr=master_addr,
+        master_port=master_port,
+        local_addr=config.local_addr,
+        event_log_handler=config.event_log_handler,
+        numa_options=config.numa_options,
+        duplicate_stdout_filters=config.duplicate_stdout_filters,
+        duplicate_stderr_filters=config.duplicate_stderr_filters,
+        virtual_local_rank=config.virtual_local_rank,
+    )
+
+
+def _run(agent: ElasticAgent, config: LaunchConfig, name: str) -> int:
+    """Run the agent with torch's events and metrics around it, as its `launch_agent` does."""
+    initialize_metrics(MetricsConfig(config.metrics_cfg))
+    try:
+        result: RunResult | None = agent.run()
+        torch_events.record(agent.get_event_succeeded(), config.event_log_handler)
+    except Exception as error:
+        torch_events.record(agent.get_event_failed(), config.event_log_handler)
+        if isinstance(error, RendezvousError | dist.DistError):
+            raise PlatformError(
+                f"rendezvous {config.rdzv_backend} at {config.rdzv_endpoint}: {_one_line(error)}"
+            ) from error
+        raise
+    if result is not None and result.is_failed():
+        raise ChildFailedError(name=name, failures=result.failures)
+    return ExitCode.REQUEUE if agent.requeue else ExitCode.DONE
+
+
+def _node_of(handler: RendezvousHandler) -> str:
+    if isinstance(handler, AutoglmRendezvousHandler):
+        return handler.session.node
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _event_log(run_dir: RunDirectory | None, node: str) -> events.EventLog:
+    path = os.devnull if run_dir is None else run_dir.path / events.EVENTS_NAME
+    return events.EventLog(path, source=node)
+
+
+def _job_started(
+    command: flags.Command, config: LaunchConfig, handler: RendezvousHandler
+) -> events.JobStarted:
+    ours = handler if isinstance(handler, AutoglmRendezvousHandler) else None
+    return events.JobStarted(
+        run_id=config.run_id,
+        node=_node_of(handler),
+        command=["autoglm-run", *command.argv],
+        nproc=config.nproc_per_node,
+        pid=os.getpid(),
+        store=config.rdzv_endpoint if ours is None else ours.endpoint,
+        hosts_store=ours is not None and ours.hosts_store,
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line that says something; some of torch's messages begin with an empty one."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
