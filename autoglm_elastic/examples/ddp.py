@@ -7,6 +7,7 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -23,7 +24,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = DistributedDataParallel(GPT(args.layers, args.width, args.seq_len))
         optim = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-        sampler = DistributedSampler(training, seed=args.seed)
+        sampler: DistributedSampler[Tensor] = DistributedSampler(training, seed=args.seed)
         step = 0
 
         for epoch in range(args.epochs):
