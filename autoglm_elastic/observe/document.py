@@ -17,7 +17,7 @@ from autoglm_elastic.observe import events
 
 _HEAD = """# Events
 
-Drawn from `autoglm_elastic/observe/events.py` by `python -m autoglm_elastic.observe.document > docs/events.md`.
+Drawn from `observe/events.py` by `python -m autoglm_elastic.observe.document > docs/events.md`.
 
 Every run writes `RUN/events.jsonl`: one JSON object a line, below 4 KiB, appended by every agent of the run.
 
