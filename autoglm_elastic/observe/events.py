@@ -111,6 +111,8 @@ class GenerationSealed(Event, frozen=True, kw_only=True):
     parent: int
     world_size: int
     nodes: list[str]
+    nprocs: list[int] = []
+    """Workers of each node; when empty, all nodes have as many."""
     planned: bool
     reason: str = ""
     restart_count: int = 0

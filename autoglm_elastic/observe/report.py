@@ -269,6 +269,19 @@ def _incidents(
                 )
             )
             fault = None
+        elif isinstance(event, events.GenerationSealed) and current is None:
+            # A node that is gone cannot say so; the seal of what goes on without it is the first news.
+            if not event.planned and event.parent >= 0 and event.parent >= newest_resumed >= 0:
+                incidents.append(
+                    Incident(
+                        broke=event.parent,
+                        reason=event.reason,
+                        opened=record.wall_time,
+                        fault=fault,
+                        world_before=worlds.get(event.parent),
+                    )
+                )
+                fault = None
         elif isinstance(event, events.IncidentClosed) and event.generation > newest_resumed:
             before = [m for m in steps if m.generation < event.generation]
             parent = before[-1].generation if before else event.parent

@@ -56,8 +56,8 @@ def write(run_dir: Path, *, until_step: int = 120) -> None:
             )
         )
 
-    def start_workers(node: str, generation: int, base: int, pids: list[int]) -> None:
-        for local, pid in enumerate(pids):
+    def start_workers(node: str, generation: int, base: int, pids: dict[int, int]) -> None:
+        for local, pid in pids.items():
             emit(
                 e.WorkerStarted(
                     rank=base + local,
@@ -96,12 +96,12 @@ def write(run_dir: Path, *, until_step: int = 120) -> None:
         emit(e.JobStarted(run_id="demo", node=node, nproc=2, pid=pid, command=["gpt.py"]), node)
         emit(e.NodeJoined(node=node, nproc=2), node)
     now += 2.0
-    seal(1, 0, both, False, "first round: all 2 nodes joined")
-    start_workers("node-a", 1, 0, [101, 102])
-    start_workers("node-b", 1, 2, [201, 202])
+    seal(1, -1, both, False, "first round: all 2 nodes joined")
+    start_workers("node-a", 1, 0, {0: 101, 1: 102})
+    start_workers("node-b", 1, 2, {0: 201, 1: 202})
     now += 1.0
     train(1, 1, 1, 4)
-    resumed(1, 0, 1, 0, "fresh", "nothing to resume from")
+    resumed(1, -1, 1, 0, "fresh", "nothing to resume from")
     train(1, 2, 30, 4)
 
     emit(e.FaultInjected(target="worker rank 1", pid=102, signal=9), "demo")
@@ -115,13 +115,15 @@ def write(run_dir: Path, *, until_step: int = 120) -> None:
             generation=1,
             exit_code=-9,
             step=30,
-            message="killed by SIGKILL",
+            message="rank 1 on node node-a died: signal 9 (SIGKILL)",
         )
     )
-    emit(e.IncidentOpened(id=1, reason="worker 1 on node-a was killed by SIGKILL", node="node-a", rank=1))
+    emit(
+        e.IncidentOpened(id=1, reason="rank 1 on node node-a died: signal 9 (SIGKILL)", node="node-a", rank=1)
+    )
     now += 0.03
-    seal(2, 1, both, False, "worker 1 on node-a was killed by SIGKILL")
-    start_workers("node-a", 2, 1, [103])
+    seal(2, 1, both, False, "rank 1 on node node-a died: signal 9 (SIGKILL)")
+    start_workers("node-a", 2, 0, {1: 103})
     now += 0.06
     train(2, 31, 31, 4)
     resumed(2, 1, 31, 30, "live", "live step 30 on rank 0")
@@ -140,7 +142,7 @@ def write(run_dir: Path, *, until_step: int = 120) -> None:
 
     emit(e.NodeJoined(node="node-b", nproc=2, incarnation=1), "node-b")
     seal(4, 3, both, True, "node-b joined")
-    start_workers("node-b", 4, 2, [203, 204])
+    start_workers("node-b", 4, 2, {0: 203, 1: 204})
     now += 0.3
     train(4, 81, 81, 4)
     resumed(4, 3, 81, 80, "live", "live step 80 on rank 0")

@@ -120,3 +120,13 @@ def test_a_run_without_losses_has_no_picture(tmp_path: Path) -> None:
     write(tmp_path, until_step=0)
     with pytest.raises(UsageError, match="no step of this run has a loss"):
         plot.loss_curve(tmp_path / "loss.png", report.build(tmp_path), [])
+
+
+def test_a_node_that_vanished_is_an_incident_although_nobody_opened_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / events.EVENTS_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if b'"id":2' not in line))
+    _, node = report.build(tmp_path).incidents
+    assert (node.broke, node.generation, node.world_after, node.steps_lost) == (2, 3, 2, 1)
+    assert node.phases_s["detect"] == pytest.approx(0.92, abs=1e-2)

@@ -1,0 +1,207 @@
+"""What a person sees of a running job, folded from its log lines: states, step, loss, and a line for what
+matters.
+
+Pure: no file, no clock, no terminal. `live` shows it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from autoglm_elastic.core.lifecycle import (
+    Ended,
+    IllegalTransition,
+    RankMoved,
+    Sealed,
+    StateTracker,
+    TaskState,
+    TrackerEvent,
+)
+from autoglm_elastic.observe import events
+from autoglm_elastic.observe.events import EventRecord
+from autoglm_elastic.observe.metrics import Metric
+from autoglm_elastic.observe.text import count, duration, size
+
+MESSAGES_MAX: Final = 200
+LOSSES_MAX: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One line for people. `kind` picks the colour: info, good, bad, note."""
+
+    wall_time: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """One rank of the current generation. `pid` 0 and `how` "": not known. `state`: how the log tells it."""
+
+    rank: int
+    node: str
+    local_rank: int
+    pid: int
+    how: str
+    state: TaskState
+
+
+class RunView:
+    """Fold `on_event` and `on_metric` over the lines of a run; each returns the messages that are new."""
+
+    def __init__(self) -> None:
+        self.tracker = StateTracker()
+        self.started: float | None = None
+        self.run_id = ""
+        self.generation = 0
+        self.step = -1
+        self.loss: float | None = None
+        self.losses: deque[float] = deque(maxlen=LOSSES_MAX)
+        self.failures = 0
+        self.recoveries = 0
+        self.steps_redone = 0
+        self.snapshots = 0
+        self.snapshot_step = -1
+        self.messages: deque[Message] = deque(maxlen=MESSAGES_MAX)
+        self.agents: dict[str, int] = {}
+        """Process id of the agent, by node."""
+        self.store_host = ""
+        """The node whose agent serves the coordination store."""
+        self._workers: dict[tuple[str, int], tuple[int, str]] = {}
+        self._opened: float | None = None
+        self._fault: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return len(self.tracker.ranks)
+
+    def rows(self) -> list[RankRow]:
+        """The rank table."""
+        rows = []
+        for node, ranks in self.tracker.nodes:
+            for local_rank, rank in enumerate(ranks):
+                pid, how = self._workers.get((node, local_rank), (0, ""))
+                rows.append(RankRow(rank, node, local_rank, pid, how, self.tracker.ranks[rank]))
+        return rows
+
+    def on_metric(self, metric: Metric) -> None:
+        """A committed step; one that is not newer than the newest is done again."""
+        self.steps_redone += max(0, self.step - metric.step + 1)
+        self.step, self.loss = metric.step, metric.loss
+        if metric.loss is not None:
+            self.losses.append(metric.loss)
+
+    def on_event(self, record: EventRecord) -> list[Message]:
+        """The messages that this event is worth."""
+        event = record.event()
+        if event is None:
+            return []
+        told = [Message(record.wall_time, kind, text) for kind, text in self._take(event, record.wall_time)]
+        self.messages.extend(told)
+        return told
+
+    def _take(self, event: events.Event, now: float) -> list[tuple[str, str]]:
+        match event:
+            case events.JobStarted():
+                self.started = now if self.started is None else self.started
+                self.run_id = event.run_id
+                self.agents[event.node] = event.pid
+                if event.hosts_store:
+                    self.store_host = event.node
+                return [("info", f"agent {event.node} started (pid {event.pid})")]
+            case events.GenerationSealed():
+                return self._sealed(event, now)
+            case events.WorkerStarted():
+                self._workers[(event.node, event.local_rank)] = (event.pid, event.how)
+                return []
+            case events.WorkerDied():
+                self._move([RankMoved(event.generation, event.rank, TaskState.FAILED)])
+                return [("bad", event.message or f"rank {event.rank} on {event.node} died")]
+            case events.WorkerStuck():
+                return [("bad", f"rank {event.rank} did not unwind within {event.waited_s:g} s: replaced")]
+            case events.IncidentOpened():
+                if self._opened is None:
+                    self._opened = now
+                    self.failures += 1
+                return []
+            case events.FaultInjected():
+                self._fault = now
+                return [("note", f"killed on purpose: {event.target}")]
+            case events.IncidentClosed():
+                return self._resumed(event)
+            case events.SnapshotCommitted():
+                self.snapshots += 1
+                self.snapshot_step = event.step
+                return [("note", f"snapshot of step {event.step} committed ({size(event.nbytes)})")]
+            case events.SnapshotAborted() | events.SnapshotFailed():
+                return [("bad", f"snapshot of step {event.step} was given up: {event.reason}")]
+            case events.SnapshotRejected():
+                return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
+            case events.FallbackSpawn():
+                return [("note", f"{event.node} starts fresh interpreters: {event.reason}")]
+            case events.ZygoteLost():
+                return [("bad", f"{event.node} lost its zygote: {event.reason}")]
+            case events.NodeLeft():
+                return [("bad", f"{event.node} left: {event.reason}")]
+            case events.JobFinished():
+                ranks = range(self.world_size)
+                self._move(RankMoved(self.generation, rank, TaskState.DONE) for rank in ranks)
+                self._move([Ended(TaskState.DONE)])
+                return [("good", "finished")]
+            case events.JobFailed():
+                self._move([Ended(TaskState.FAILED)])
+                return [("bad", f"failed: {event.reason}")]
+            case events.JobStopped():
+                self._move([Ended(TaskState.PAUSED)])
+                return [("note", f"stopped on signal {event.signal}")]
+        return []
+
+    def _sealed(self, event: events.GenerationSealed, now: float) -> list[tuple[str, str]]:
+        nprocs = event.nprocs or [event.world_size // max(1, len(event.nodes))] * len(event.nodes)
+        nodes, base = [], 0
+        for node, nproc in zip(event.nodes, nprocs, strict=False):
+            nodes.append((node, tuple(range(base, base + nproc))))
+            base += nproc
+        if event.parent < 0:
+            self.tracker = StateTracker()  # the command was started again: another life
+        elif not event.planned and self._opened is None:
+            self._opened = now
+            self.failures += 1
+        before = self.world_size
+        self.generation = event.number
+        self._move([Sealed(event.number, tuple(nodes))])
+        world = f"{before} → {event.world_size}" if before else f"{event.world_size}"
+        text = f"generation {event.number}: {world} workers on {count(len(event.nodes), 'node')}"
+        return [("info", f"{text} ({event.reason})" if event.reason else text)]
+
+    def _resumed(self, event: events.IncidentClosed) -> list[tuple[str, str]]:
+        ranks = range(self.world_size)
+        self._move(RankMoved(event.generation, rank, TaskState.RUNNING) for rank in ranks)
+        opened = self._opened if self._fault is None else self._fault
+        broke, self._opened, self._fault = self._opened is not None, None, None
+        if not broke:
+            if event.tier == "fresh":
+                return [("info", f"first step with {count(self.world_size, 'worker')}")]
+            return [
+                ("good", f"going on with {count(self.world_size, 'worker')} after step {event.from_step}")
+            ]
+        self.recoveries += 1
+        seconds = None if opened is None else event.committed_wall_time - opened
+        return [
+            (
+                "good",
+                f"back after {duration(seconds)}: step {event.step} on {count(self.world_size, 'worker')},"
+                f" state {event.tier} from step {event.from_step}",
+            )
+        ]
+
+    def _move(self, moves: Iterable[TrackerEvent]) -> None:
+        for move in moves:
+            try:
+                self.tracker, _ = self.tracker.step(move)
+            except IllegalTransition:
+                continue  # lines of several agents may arrive in another order than they were meant
