@@ -1,9 +1,9 @@
 """The elastic agent: torch's `LocalElasticAgent`, driven by events instead of a polling interval.
 
-What it adds: workers come from the zygote, their death is seen through pidfds, and with our own rendezvous the
-survivors of a failure keep their processes (`supervisor.py`). With any other rendezvous it behaves as torch's agent
-does, restarting the group, only sooner. Everything else (worker environment, log directories, error files, events,
-the exit barrier) is inherited, so that a newer torch brings its own.
+What it adds: workers come from the zygote, their death is seen through pidfds, and with our own rendezvous
+the survivors of a failure keep their processes (`supervisor.py`). With any other rendezvous it behaves as
+torch's agent does, restarting the group, only sooner. Everything else (worker environment, log directories,
+error files, events, the exit barrier) is inherited, so that a newer torch brings its own.
 """
 
 from __future__ import annotations
@@ -11,19 +11,28 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch.distributed.elastic.agent.server import WorkerGroup, local_elastic_agent
-from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, Worker, WorkerSpec, WorkerState
+import torch.distributed.elastic.agent.server.local_elastic_agent as torch_agent
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
 from autoglm_elastic.agent.context import WorkerChannel, ZygoteContext
+from autoglm_elastic.agent.process import ForkedProcess
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
 from autoglm_elastic.agent.slots import WorkerSlot
 from autoglm_elastic.agent.supervisor import Supervisor
@@ -43,7 +52,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         zygote: where workers are forked from; None starts them as torch does.
         settings: the job's settings.
         run_dir: the run directory, or None.
-        events: the event log, or None where there is no run directory.
+        events: the event log.
 
     After `run()`: `requeue` tells that the workers left on an agreed stop with a durable snapshot.
     """
@@ -59,7 +68,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         zygote: Zygote | None,
         settings: Settings,
         run_dir: Path | None,
-        events: EventLog | None,
+        events: EventLog,
     ) -> None:
         super().__init__(
             spec,
@@ -76,14 +85,12 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         self._run_dir = run_dir
 
     def emit(self, event: Event) -> None:
-        """Note an event in the run's log, if it has one."""
-        if self._events is not None:
-            self._events.emit(event)
+        """Note an event in the run's log."""
+        self._events.emit(event)
 
     def emit_named(self, name: str, fields: Mapping[str, object], *, rank: int) -> None:
         """Note an event that a worker sent."""
-        if self._events is not None:
-            self._events.emit_named(name, fields, source=f"rank {rank}")
+        self._events.emit_named(name, fields, source=f"rank {rank}")
 
     @property
     def spec(self) -> WorkerSpec:
@@ -105,9 +112,11 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         return self._run_with_foreign_rendezvous()
 
     def _run_with_foreign_rendezvous(self) -> RunResult:
-        """torch's own loop with two differences: a death wakes it at once, and progress forgives old failures.
+        """torch's own loop with two differences: a death wakes it at once, and progress forgives old
+        failures.
 
-        A foreign handler can only be asked, so `num_nodes_waiting` is asked once per monitor interval, as torch does.
+        A foreign handler can only be asked, so `num_nodes_waiting` is asked once per monitor interval, as
+        torch does.
         """
         budget = Budget(self.spec.max_restarts, self.settings.restart.progress_s)
         restarts = 0
@@ -115,10 +124,10 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         started = time.monotonic()
         while True:
             self._wait_for_death(self.spec.monitor_interval)
-            result = self._monitor_workers(self._worker_group)
+            result: RunResult = self._monitor_workers(self._worker_group)
             self._worker_group.state = result.state
             if result.state == WorkerState.SUCCEEDED:
-                self._exit_barrier()
+                self._exit_barrier()  # type: ignore[no-untyped-call]
                 return result
             if result.state in {WorkerState.UNHEALTHY, WorkerState.FAILED}:
                 exit_codes = {failure.exitcode for failure in result.failures.values()}
@@ -149,7 +158,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
 
     def place(self, generation: Generation, placement: Placement, store: Any, addr: str, port: int) -> None:
         """Note the ranks that `generation` gives to this node's workers, as torch's rendezvous would."""
-        group = self._worker_group
+        group: Any = self._worker_group
         group.workers = [
             Worker(
                 local_rank=local_rank,
@@ -198,6 +207,11 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
             ends.control.close()
         slot.pid = worker.id = context.pids()[slot.local_rank]
 
+    def how_started(self, slot: WorkerSlot) -> Literal["fork", "spawn"]:
+        """From the zygote, or as a fresh interpreter."""
+        process = self._context().subprocess_handlers[slot.local_rank].proc
+        return "fork" if isinstance(process, ForkedProcess) and process.fresh_because is None else "spawn"
+
     def kill(self, slot: WorkerSlot) -> None:
         """SIGKILL the process of one slot and its session."""
         self._context().kill(slot.local_rank)
@@ -212,7 +226,8 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
 
     def group_result(self) -> RunResult:
         """torch's judgement of the whole group; stops the others when one has failed."""
-        return self._monitor_workers(self._worker_group)
+        result: RunResult = self._monitor_workers(self._worker_group)
+        return result
 
     def failure_of(self, slot: WorkerSlot) -> ProcessFailure:
         """torch's record of a worker's death, with what its error file says."""
@@ -220,7 +235,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         return ProcessFailure(
             local_rank=slot.local_rank,
             pid=slot.pid,
-            exitcode=slot.exit_code,
+            exitcode=-signal.SIGKILL if slot.exit_code is None else slot.exit_code,
             error_file=context.error_files[slot.local_rank],
         )
 
@@ -233,19 +248,28 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         with _processes_started_by(self._start_processes):
             return super()._start_workers(worker_group)  # type: ignore[no-any-return]
 
-    def _start_processes(self, *, start_method: str, entrypoint: Any, envs: dict[int, dict[str, str]], **rest: Any) -> PContext:
+    def _start_processes(
+        self, *, start_method: str, entrypoint: Any, envs: dict[int, dict[str, str]], **rest: Any
+    ) -> PContext:
         """In place of torch's `start_processes`: the same arguments, workers from the zygote."""
         if not isinstance(entrypoint, str):
-            return _torch_start_processes(start_method=start_method, entrypoint=entrypoint, envs=envs, **rest)
+            started: PContext = _torch_start_processes(
+                start_method=start_method, entrypoint=entrypoint, envs=envs, **rest
+            )
+            return started
         ends = {}
         for local_rank, environment in envs.items():
             environment.update(self._own_environment())
             ends[local_rank] = self.slots[local_rank].open()
         channels = {
-            local_rank: WorkerChannel({wire.ENV_CONTROL_FD: end.control.fileno(), wire.ENV_BOARD_FD: end.board_fd})
+            local_rank: WorkerChannel(
+                {wire.ENV_CONTROL_FD: end.control.fileno(), wire.ENV_BOARD_FD: end.board_fd}
+            )
             for local_rank, end in ends.items()
         }
-        context = ZygoteContext(entrypoint=entrypoint, envs=envs, zygote=self._zygote, channels=channels, **rest)
+        context = ZygoteContext(
+            entrypoint=entrypoint, envs=envs, zygote=self._zygote, channels=channels, **rest
+        )
         try:
             context.start()
         except BaseException:
@@ -266,7 +290,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         return environment
 
     def _placement_environment(self, worker: Worker) -> dict[str, str]:
-        group = self._worker_group
+        group: Any = self._worker_group
         return {
             "RANK": str(worker.global_rank),
             "WORLD_SIZE": str(worker.world_size),
@@ -280,7 +304,8 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         }
 
 
-_torch_start_processes: Callable[..., PContext] = local_elastic_agent.start_processes
+_torch_module: Any = torch_agent
+_torch_start_processes: Callable[..., PContext] = _torch_module.start_processes
 
 
 @contextlib.contextmanager
@@ -289,8 +314,8 @@ def _processes_started_by(start: Callable[..., PContext]) -> Iterator[None]:
 
     torch offers no seam there; this keeps its way of building the worker environment instead of a copy of it.
     """
-    local_elastic_agent.start_processes = start
+    _torch_module.start_processes = start
     try:
         yield
     finally:
-        local_elastic_agent.start_processes = _torch_start_processes
+        _torch_module.start_processes = _torch_start_processes

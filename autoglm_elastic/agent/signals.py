@@ -1,7 +1,8 @@
 """Signals of the agent, delivered to its event loop instead of raised wherever it happens to be.
 
-torch's `PContext.start` installs handlers that raise `SignalException` in the main thread; that would cut an event
-handler of ours in two. `take_over` puts ours in their place: they only note the signal, and the loop wakes up.
+torch's `PContext.start` installs handlers that raise `SignalException` in the main thread; that would cut
+an event handler of ours in two. `take_over` puts ours in their place: they only note the signal, and the
+loop wakes up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalInbox:
-    """A context manager around the loop; `fileno()` is readable when a signal has arrived. Main thread only."""
+    """A context manager around the loop; `fileno()` is readable when a signal has arrived. Main thread
+    only."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -39,9 +41,12 @@ class SignalInbox:
         return self._read.fileno()
 
     def take_over(self, handled: str) -> None:
-        """From now on the signals that torch handles (`handled`: its --signals-to-handle), and those that ask a job
+        """From now on the signals that torch handles (`handled`: its --signals-to-handle), and those that
+        ask a job
         to leave, come here. One that is ignored (nohup) stays ignored."""
-        names = {name.strip() for name in handled.split(",") if name.strip()} | {sig.name for sig in STOP_SIGNALS}
+        names = {name.strip() for name in handled.split(",") if name.strip()} | {
+            sig.name for sig in STOP_SIGNALS
+        }
         for name in sorted(names):
             number = getattr(signal, name, None)
             if isinstance(number, signal.Signals) and signal.getsignal(number) is not signal.SIG_IGN:

@@ -1,7 +1,7 @@
 """What the agent knows of each of its workers: one slot per local rank.
 
-A slot outlives the processes that fill it. It owns the agent's end of the control channel and the board; both are made
-anew for every process, so nothing that a dead worker sent can be taken for its replacement's.
+A slot outlives the processes that fill it. It owns the agent's end of the control channel and the board;
+both are made anew for every process, so nothing that a dead worker sent can be taken for its replacement's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from autoglm_elastic import wire
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnds:
-    """The file descriptors that a new worker inherits; close them in the agent once the worker has started."""
+    """The file descriptors that a new worker inherits; close them in the agent once the worker has
+    started."""
 
     control: socket.socket
     board_fd: int
@@ -26,8 +27,9 @@ class WorkerEnds:
 class WorkerSlot:
     """One local rank.
 
-    `can_stay`: its process runs `elastic.run` (it said Hello), or replaces one that did. `pending`: a generation that it
-    was sent to and has not entered yet. `step_max`: the newest committed step that any process of this slot noted.
+    `can_stay`: its process runs `elastic.run` (it said Hello), or replaces one that did. `pending`: a
+    generation that it was sent to and has not entered yet. `step_max`: the newest committed step that any
+    process of this slot noted.
     """
 
     def __init__(self, local_rank: int) -> None:
@@ -48,7 +50,8 @@ class WorkerSlot:
 
     @property
     def finished(self) -> bool:
-        """Its process ended well: by exit code 0 or by an agreed stop, and not before its training was over."""
+        """Its process ended well: by exit code 0 or by an agreed stop, and not before its training was
+        over."""
         if self.exit_code is None:
             return False
         return self.done is not None if self.can_stay else self.exit_code == 0
@@ -88,7 +91,8 @@ class WorkerSlot:
         return True
 
     def receive(self) -> list[wire.ToAgent]:
-        """Every packet that has arrived. A malformed one ends the channel: the worker is not ours to trust then."""
+        """Every packet that has arrived. A malformed one ends the channel: the worker is not ours to trust
+        then."""
         messages: list[wire.ToAgent] = []
         while self._control is not None:
             try:

@@ -1,13 +1,17 @@
-"""The agent's event loop under our own rendezvous: what happens to this node's workers, generation by generation.
+"""The agent's event loop under our own rendezvous: what happens to this node's workers, generation by
+generation.
 
-It waits, in one `select`, for the death of a worker (pidfd), its messages (control channel), news of the membership
-(the session's descriptor) and signals. Decisions about the job as a whole are the leader's (`core.membership`, driven by
-the session); here they are carried out for one node:
+It waits, in one `select`, for the death of a worker (pidfd), its messages (control channel), news of the
+membership (the session's descriptor) and signals. Decisions about the job as a whole are the leader's
+(`core.membership`, driven by the session); here they are carried out for one node:
 
-- A generation is sealed. Workers that can stay are told; empty slots are filled; otherwise the node's group restarts.
-- A worker dies. If everybody else can stay, only its slot is filled anew, after the next generation is sealed; its
-  peers are told at once to break their collectives. Otherwise the group stops, as under torchrun.
-- A survivor does not unwind within its limit (stuck in C++): it is killed, and replaced in the generation it was sent to.
+- A generation is sealed. Workers that can stay are told; empty slots are filled; otherwise the node's group
+  restarts.
+- A worker dies. If everybody else can stay, only its slot is filled anew, after the next generation is
+  sealed; its peers are told at once to break their collectives. Otherwise the group stops, as under
+  torchrun.
+- A survivor does not unwind within its limit (stuck in C++): it is killed, and replaced in the generation
+  it was sent to.
 - A signal asks the job to leave: the workers agree on a boundary, commit a snapshot, and exit with code 75.
 """
 
@@ -18,7 +22,7 @@ import os
 import selectors
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -101,7 +105,10 @@ class Supervisor:
         self._on_deadlines()
 
     def _seconds_to_deadline(self) -> float:
-        deadlines = [slot.unwind_deadline for slot in self._slots] + [self._stop_deadline, self._finish_deadline]
+        deadlines = [slot.unwind_deadline for slot in self._slots] + [
+            self._stop_deadline,
+            self._finish_deadline,
+        ]
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return WAIT_S_MAX if due is None else min(WAIT_S_MAX, max(0.0, due - time.monotonic()))
 
@@ -131,6 +138,7 @@ class Supervisor:
                     parent=generation.parent,
                     world_size=generation.world_size,
                     nodes=[member.node for member in generation.placements],
+                    nprocs=[member.nproc for member in generation.placements],
                     planned=generation.planned,
                     reason=generation.reason,
                     restart_count=generation.restart_count,
@@ -168,7 +176,7 @@ class Supervisor:
     def _send_world(self, slot: WorkerSlot) -> wire.World:
         generation = self._current()
         worker = self._agent.get_worker_group().workers[slot.local_rank]
-        group = self._agent.get_worker_group()
+        group: Any = self._agent.get_worker_group()
         world = wire.World(
             generation=generation.number,
             parent=generation.parent,
@@ -270,80 +278,77 @@ class Supervisor:
 
     def _on_death(self, slot: WorkerSlot) -> None:
         generation = self._current()
-        message = self._describe(slot)
+        failure = self._failure(slot)
         self._agent.emit(
             events.WorkerDied(
-                rank=self._rank(slot),
+                rank=failure.rank,
                 local_rank=slot.local_rank,
-                node=self._session.node,
+                node=failure.node,
                 pid=slot.pid,
                 generation=generation.number,
-                exit_code=slot.exit_code if slot.exit_code is not None else -int(signal.SIGKILL),
-                message=message,
+                exit_code=failure.exit_code,
+                message=failure.message,
                 step=slot.step_max,
             )
         )
         if slot.pending is not None:
-            # It never entered the current generation, so nothing of that generation knows it: a new process can.
+            # It never entered the current generation, so nothing of that generation knows it: a new process
+            # can.
             slot.pending = None
             self._move(slot)
             return
         if self._reported_broken < generation.number:
             self._failures = {}
-        failure = self._agent.failure_of(slot)
-        self._failures[self._rank(slot)] = failure
-        if self._stop_deadline is not None or slot.exit_code == ExitCode.DO_NOT_RESTART:
-            self._fail_for_good(message)
+        self._failures[failure.rank] = self._agent.failure_of(slot)
+        if self._stop_deadline is not None or failure.exit_code == ExitCode.DO_NOT_RESTART:
+            self._fail_for_good(failure)
             return
-        if self._can_stay():
+        in_place = self._can_stay()
+        if in_place:
             for other in self._slots:
                 if other.alive and other.pending is None:
-                    other.send(wire.Break(generation.number, message))
-        self._report_broken(generation, slot, message)
-        if not self._can_stay():
+                    other.send(wire.Break(generation.number, str(failure)))
+        self._report_broken(generation, failure)
+        if not in_place:
             result = self._agent.group_result()
             self._failures = dict(result.failures) or self._failures
             self._forget_group()
 
-    def _report_broken(self, generation: Generation, slot: WorkerSlot, message: str) -> None:
+    def _failure(self, slot: WorkerSlot) -> Failure:
+        for other in self._slots:
+            other.note()
+        exit_code = slot.exit_code if slot.exit_code is not None else -int(signal.SIGKILL)
+        if exit_code == 0:
+            message = "it exited before its training was over"
+        else:
+            error = self._agent.failure_of(slot).error_file_data.get("message", {})
+            message = str(error.get("message", "")) if isinstance(error, dict) else ""
+        return Failure(
+            node=self._session.node,
+            local_rank=slot.local_rank,
+            rank=self._rank(slot),
+            exit_code=exit_code,
+            message=message,
+            step=max(other.step_max for other in self._slots),
+            wall_time=time.time(),
+        )
+
+    def _report_broken(self, generation: Generation, failure: Failure) -> None:
         if self._reported_broken >= generation.number:
             return
         self._reported_broken = generation.number
         self._agent.emit(
             events.IncidentOpened(
-                id=generation.number, reason=message, node=self._session.node, rank=self._rank(slot)
+                id=generation.number, reason=str(failure), node=failure.node, rank=failure.rank
             )
-        )
-        for other in self._slots:
-            other.note()
-        failure = Failure(
-            node=self._session.node,
-            local_rank=slot.local_rank,
-            rank=self._rank(slot),
-            exit_code=slot.exit_code if slot.exit_code is not None else -int(signal.SIGKILL),
-            message=message,
-            step=max(other.step_max for other in self._slots),
-            wall_time=time.time(),
         )
         self._session.report_broken(generation.number, failure, alive_s=time.monotonic() - self._started_at)
 
-    def _fail_for_good(self, message: str) -> None:
-        self._session.close_run("failed", message)
+    def _fail_for_good(self, failure: Failure) -> None:
+        self._session.close_run("failed", str(failure), failure)
         if self._running:
-            self._stop_group(message)
+            self._stop_group(str(failure))
         self._result = RunResult(WorkerState.FAILED, failures=self._failures)
-
-    def _describe(self, slot: WorkerSlot) -> str:
-        who = f"rank {self._rank(slot)} on node {self._session.node}"
-        code = slot.exit_code if slot.exit_code is not None else 0
-        if code < 0:
-            return f"{who} died: signal {-code} ({signal.Signals(-code).name})"
-        if code == 0:
-            return f"{who} exited with code 0 before its training was over"
-        error = self._agent.failure_of(slot).message
-        first_line = str(error).strip().splitlines()[0] if isinstance(error, str) and error.strip() else ""
-        known = first_line and not first_line.startswith("To enable traceback")
-        return f"{who} failed: exit code {code}" + (f" ({first_line})" if known else "")
 
     def _stop_group(self, reason: str) -> None:
         logger.info("stopping the workers of this node: %s", reason)
@@ -369,7 +374,9 @@ class Supervisor:
             if slot.alive and slot.unwind_deadline is not None and now >= slot.unwind_deadline:
                 slot.unwind_deadline = None
                 limit = self._agent.settings.recovery.unwind_limit_s
-                logger.warning("rank %d did not unwind within %.1f s: killing and replacing it", self._rank(slot), limit)
+                logger.warning(
+                    "rank %d did not unwind within %.1f s: killing and replacing it", self._rank(slot), limit
+                )
                 self._agent.emit(
                     events.WorkerStuck(
                         rank=self._rank(slot),
@@ -388,7 +395,9 @@ class Supervisor:
             self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
 
     def _on_signal(self, received: signal.Signals) -> None:
-        graceful = self._running and self._can_stay() and received in STOP_SIGNALS and self._stop_deadline is None
+        graceful = (
+            self._running and self._can_stay() and received in STOP_SIGNALS and self._stop_deadline is None
+        )
         if not graceful:
             raise SignalException(f"got signal {received.name}", received)
         self._stop_signal = received
