@@ -268,6 +268,19 @@ def to_yaml(explained: Iterable[Explained]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def defaults_yaml() -> str:
+    """`configs/default.yaml`: every setting at its default, under its meaning."""
+    lines = ["# Every setting at its default. Give a file with the ones to change: autoglm-run --config FILE …"]
+    group = ""
+    for field in _FIELDS.values():
+        section, _, leaf = field.name.partition(".")
+        if section != group:
+            group = section
+            lines += ["", f"{group}:"]
+        lines += [f"  # {field.description}", f"  {leaf}: {show(field.default)}"]
+    return "\n".join(lines) + "\n"
+
+
 def _value(settings: Settings, name: str) -> Any:
     group, _, leaf = name.partition(".")
     return getattr(getattr(settings, group), leaf)

@@ -59,7 +59,7 @@ def _print_config(command: flags.Command, argv: Sequence[str]) -> None:
     print(settings.to_yaml(settings.explain(command.loaded)))
     print("# Flags:")
     for flag, value, source in flags.explain_flags(argv, os.environ):
-        print(f"{f'# {flag} {value}':<42}# {source}")
+        print(f"{f'# {flag} {value}':<40}  # {source}")
 
 
 if __name__ == "__main__":
