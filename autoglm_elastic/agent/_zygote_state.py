@@ -1,0 +1,190 @@
+"""Making a process fit to be forked: leave the agent's things behind, import, and know what came of it.
+
+Called by the zygote only, before and between forks. The launcher's traces (hooks, handlers, descriptors) are removed
+once, at the start; what preloaded modules set up afterwards is kept, since a script that imports them expects it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import gc
+import importlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from autoglm_elastic.agent import _linux, worker_main
+from autoglm_elastic.agent._fork_safety import ZygoteFacts
+
+ALWAYS_IMPORTED: Final = ("torch", "torch._dynamo")
+"""Every optimizer imports torch._dynamo when it is built: 0.7 s, paid once here."""
+
+_STARTUP_QUERY: Final = (
+    "import sys; print(ascii((sys.path, list(sys.modules), tuple(sys.flags), sys.warnoptions, sys._xoptions)))"
+)
+_STARTUP_QUERY_S: Final = 60.0
+"""A bare interpreter answers in 20 ms; a cold network file system may take seconds."""
+
+_CUDA_NOT_INITIALIZED: Final = 3
+
+
+class PreloadError(Exception):
+    """A module that workers need cannot be imported; one line."""
+
+
+def detach(agent_pid: int, control_fd: int) -> worker_main.FreshState:
+    """Leave the agent's session, descriptors, signal handlers and hooks; end with the agent."""
+    _linux.die_with_parent(agent_pid)
+    with contextlib.suppress(PermissionError):
+        os.setsid()
+    ignored = {number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN}
+    ignored -= {signal.SIGPIPE, signal.SIGXFSZ}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    signal.set_wakeup_fd(-1)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if faulthandler.is_enabled() and not os.environ.get("PYTHONFAULTHANDLER") and not sys.flags.dev_mode:
+        faulthandler.disable()
+    _default_signals(ignored)
+    _close_descriptors(keep={control_fd})
+    _default_hooks()
+    return worker_main.FreshState((), frozenset(int(number) for number in mask), signal.SIG_DFL)
+
+
+def prepare(
+    state: worker_main.FreshState, preload: Sequence[str], search_path: str
+) -> tuple[ZygoteFacts, worker_main.FreshState]:
+    """Import everything and settle. Raises `PreloadError`."""
+    env, cwd = dict(os.environ), os.getcwd()
+    query = subprocess.Popen([sys.executable, "-c", _STARTUP_QUERY], stdout=subprocess.PIPE)
+    _import(ALWAYS_IMPORTED)
+    output, _ = query.communicate(timeout=_STARTUP_QUERY_S)
+    path, modules, *flags = ast.literal_eval(output.decode())
+    path = path if sys.flags.safe_path else path[1:]
+    sys.path[:] = [search_path, *path] if search_path else path
+    _import(preload)
+    gc.collect()
+    gc.freeze()
+    settled_threads()
+    _linux.set_parent_death_signal(0)  # from here on the loop watches the agent, and ends the workers' sessions too
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    facts = ZygoteFacts(
+        env=env,
+        cwd=cwd,
+        flags_differ=flags != [tuple(sys.flags), sys.warnoptions, sys._xoptions],
+        cuda=cuda_initialized(),
+        startup_modules=frozenset(modules),
+    )
+    return facts, dataclasses.replace(state, path=tuple(path), interrupt=interrupt)
+
+
+def settled_threads() -> int:
+    """Threads of this process, when those of OpenBLAS are not counted: importing NumPy starts them, and its handler of
+    `fork` stops them until they are needed again."""
+    if _linux.thread_count() > 1 and threading.active_count() == 1:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return _linux.thread_count()
+
+
+def match_thread_settings(env: Mapping[str, str]) -> None:
+    """Let the next fork compute with as many threads as a process that starts with `env`.
+
+    Done here rather than in the worker, since OpenBLAS starts its threads when it is told a number.
+    """
+    wanted = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not wanted.isdecimal() or int(wanted) == 0:
+        return
+    torch: Any = sys.modules["torch"]
+    if torch.get_num_threads() != int(wanted):
+        torch.set_num_threads(int(wanted))
+    if env.get("OPENBLAS_NUM_THREADS") or env.get("GOTO_NUM_THREADS"):
+        return
+    for library in _openblas():
+        if library.num_threads != int(wanted):
+            library.set_num_threads(int(wanted))
+
+
+def cuda_initialized() -> bool:
+    """Whether a worker forked from here could not use CUDA: asked of the driver, if it is loaded at all."""
+    torch: Any = sys.modules["torch"]
+    if torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
+        return True
+    with open("/proc/self/maps") as maps:
+        if "libcuda.so" not in maps.read():
+            return False
+    count = ctypes.c_int()
+    status = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count))
+    return int(status) != _CUDA_NOT_INITIALIZED
+
+
+_openblas_libraries: list[Any] | None = None
+
+
+def _openblas() -> list[Any]:
+    global _openblas_libraries
+    if _openblas_libraries is None:
+        from threadpoolctl import ThreadpoolController
+
+        _openblas_libraries = list(ThreadpoolController().select(internal_api="openblas").lib_controllers)
+    return _openblas_libraries
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise PreloadError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _default_signals(ignored: set[int]) -> None:
+    """As a new interpreter sets them. Handlers that are not Python's (faulthandler's) stay."""
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
+        if number in ignored or signal.getsignal(number) is None:
+            continue
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, default)
+
+
+def _close_descriptors(keep: set[int]) -> None:
+    """The agent's sockets and files; 0 becomes empty, 1 and 2 stay the agent's."""
+    for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    for fd in (1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+
+def _default_hooks() -> None:
+    sys.excepthook, sys.displayhook = sys.__excepthook__, sys.__displayhook__
+    sys.unraisablehook, sys.breakpointhook = sys.__unraisablehook__, sys.__breakpointhook__
+    threading.excepthook = threading.__excepthook__
+    sys.settrace(None)
+    sys.setprofile(None)
+    for handler in list(logging.root.handlers):
+        logging.root.removeHandler(handler)
+    logging.root.setLevel(logging.WARNING)
+    tracker = sys.modules.get("multiprocessing.resource_tracker")
+    if tracker is not None:
+        # A helper of the launcher's, whose descriptor has just been closed.
+        tracker._resource_tracker._fd = tracker._resource_tracker._pid = None
