@@ -118,10 +118,14 @@ class Job:
     def ended(self) -> bool:
         return self._launched.poll() is not None
 
-    def tail(self) -> str:
-        """The end of what launcher and workers printed, for a person."""
+    def why(self) -> str:
+        """Why there are no more lines, for a person."""
+        if not self.ended:
+            return f"{self.mode.title}: hung, no new step in time"
         data = (self.folder / "output").read_bytes()[-LOG_TAIL_BYTES:]
-        return data.decode(errors="replace")
+        return (
+            f"{self.mode.title}: ended with code {self._launched.returncode}\n{data.decode(errors='replace')}"
+        )
 
     def processes(self) -> list[psutil.Process]:
         """Launcher, workers and whatever they started."""

@@ -166,7 +166,7 @@ class Trial:
         while target is None or any(line.step < target for line in self._latest.values()):
             line = self.job.line(time.monotonic() + HANG_S)
             if line is None:
-                raise Stuck(f"{self.job.mode.title}: no step for {HANG_S:.0f} s\n{self.job.tail()}")
+                raise Stuck(self.job.why())
             self._seen.add(line.pid)
             if line.what == "step":
                 self._latest[line.rank] = line

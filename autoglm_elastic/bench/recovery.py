@@ -108,7 +108,7 @@ def _once(trial: Trial, say: Say) -> Kill:
         say(str(stuck))
         return Kill(trial.job.mode.name, None, None, None, 0, 0, (), "hung")
     if kill.back_s is None:
-        say(f"{trial.job.mode.title}: {kill.end}\n{trial.job.tail()}")
+        say(trial.job.why())
     else:
         say(f"{trial.job.mode.title}: back after {kill.back_s:.3f} s, {kill.redone} steps redone")
     return kill

@@ -33,6 +33,7 @@ KILL_COLUMNS: Final = (
     "worst",
     "new process joins",
 )
+TICKS_S: Final = (0.05, 0.1, 0.3, 1, 3, 10, 30, HANG_S)
 NONE: Final = "-"
 START_COLUMNS: Final = ("4 workers", "starts", "command → first step", "worst", "memory (PSS)")
 
@@ -205,7 +206,9 @@ def draw(results: Results, path: Path) -> None:
             axes.scatter([HANG_S], [height], marker="x", s=60, color="tab:red")
             axes.annotate(f"{hangs} hung", (HANG_S, height + 0.36), ha="center", va="bottom", fontsize=9)
     axes.set_xscale("log")
-    axes.set_xlim(right=HANG_S * 1.6)
+    axes.set_xlim(TICKS_S[0], HANG_S * 1.6)
+    axes.set_xticks(TICKS_S, [f"{tick:g}" for tick in TICKS_S])
+    axes.minorticks_off()
     axes.set_ylim(-0.6, len(modes) - 0.2)
     axes.set_yticks(range(len(modes)), [mode.title for mode in modes])
     axes.set_xlabel("seconds from SIGKILL of a worker to a new step done by the full world")

@@ -34,7 +34,7 @@ def measure(mode: Mode, workers: int, *, width: int | None = None) -> Start:
         while len(latest) < workers or min(latest.values()) < STEADY_STEP:
             line = job.line(deadline)
             if line is None:
-                raise Stuck(f"{mode.title}: no step for {HANG_S:.0f} s\n{job.tail()}")
+                raise Stuck(job.why())
             if line.what == "step":
                 first.setdefault(line.rank, line.wall_ns)
                 latest[line.rank] = line.step
