@@ -48,3 +48,5 @@ VOTE_S: Final = 600.0
 """How long a rank waits for another's vote: covers the slowest rank's writing, not a network round trip."""
 VOTE_BYTES_MAX: Final = 256 << 20
 """One vote: the chunk table of one rank."""
+CHUNK_READ_BYTES_MAX: Final = 1 << 30
+"""The largest chunk that a reader takes into memory of its own; writers stay at CHUNK_BYTES."""

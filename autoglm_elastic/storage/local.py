@@ -40,9 +40,14 @@ class SyncFailed(PlatformError):
 def checked_name(name: str) -> tuple[str, ...]:
     """The parts of a blob's name. Raises UsageError for a name that could leave the root or hide in it."""
     parts = tuple(name.split("/"))
-    if len(name) > NAME_BYTES_MAX or len(parts) > NAME_PARTS_MAX or not all(_PART.fullmatch(part) for part in parts):
+    if (
+        len(name) > NAME_BYTES_MAX
+        or len(parts) > NAME_PARTS_MAX
+        or not all(_PART.fullmatch(part) for part in parts)
+    ):
         raise UsageError(
-            f"blob name {name[:80]!r}", valid=f"at most {NAME_PARTS_MAX} parts of letters, digits and ._-+= joined by /"
+            f"blob name {name[:80]!r}",
+            valid=f"at most {NAME_PARTS_MAX} parts of letters, digits and ._-+= joined by /",
         )
     return parts
 
@@ -215,7 +220,9 @@ class LocalBlobs:
             raise
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise CorruptSnapshot(f"{path} is or lies behind a symbolic link", valid="a plain file") from error
+                raise CorruptSnapshot(
+                    f"{path} is or lies behind a symbolic link", valid="a plain file"
+                ) from error
             raise platform_error(error, "opening", path) from error
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -227,7 +234,9 @@ class LocalBlobs:
         reader = self.open(name)
         try:
             if reader.nbytes > bytes_max:
-                raise CorruptSnapshot(f"{self.path(name)} has {reader.nbytes} bytes", valid=f"at most {bytes_max}")
+                raise CorruptSnapshot(
+                    f"{self.path(name)} has {reader.nbytes} bytes", valid=f"at most {bytes_max}"
+                )
             data = bytearray(reader.nbytes)
             reader.read_into(0, memoryview(data))
             return bytes(data)
@@ -263,6 +272,9 @@ class LocalBlobs:
                 if attempt == SYNC_ATTEMPTS:
                     raise
         raise ElasticError("no attempt was made to write a blob")
+
+    def create(self) -> LocalPending:
+        return LocalPending(self)
 
     def put_if_absent(self, name: str, data: bytes) -> Outcome:
         """OK, CONFLICT, or UNKNOWN when the name may be there but not durably: read to settle it."""

@@ -1,0 +1,299 @@
+"""Drives one snapshot through the two-phase commit: runs the effects of `core.commit`'s machines, nothing else.
+
+Order matters and is decided in the core; this room executes: packs, vote, manifest, entry (the commit), hints. It may
+touch the run directory and the votes' transport. It must never raise what a snapshot's failure is into training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from autoglm_elastic.core import commit as core
+from autoglm_elastic.core.commit import Snapshot, Verdict, Vote
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError
+from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
+from autoglm_elastic.snapshot import format as fmt
+from autoglm_elastic.snapshot import limits
+from autoglm_elastic.snapshot.catalog import Catalog
+from autoglm_elastic.snapshot.failpoints import Failpoints
+from autoglm_elastic.snapshot.merge import merge
+from autoglm_elastic.snapshot.stage import Staged
+from autoglm_elastic.snapshot.write import Prepare
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """`entry`: the committed snapshot's name, None unless `committed`. `reason`: why not, "" if committed."""
+
+    committed: bool
+    entry: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a snapshot is to be called. Only rank 0's counts."""
+
+    snapshot: Snapshot
+    kind: str = "full"
+    metrics: dict[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    config_digest: str | None = None
+
+
+class _Ballot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    step: int
+    generation: int
+    vote: str
+    reason: str
+
+
+class _Ruling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    step: int
+    generation: int
+    verdict: str
+    reason: str
+
+
+def _join(head: msgspec.Struct, payload: bytes = b"") -> bytes:
+    return msgspec.json.encode(head) + b"\n" + payload
+
+
+class Commit:
+    """One rank's part in one snapshot.
+
+    Args:
+        staged: this rank's copy, or why there is none.
+        wall: seconds since the epoch, for the catalog.
+    """
+
+    def __init__(
+        self,
+        blobs: StreamBlobs,
+        catalog: Catalog,
+        votes: Votes,
+        request: Request,
+        staged: Staged | ElasticError,
+        *,
+        failpoint: Failpoints,
+        wall: Callable[[], float],
+    ) -> None:
+        self._blobs, self._catalog, self._votes = blobs, catalog, votes
+        self._request, self._snapshot, self._staged = request, request.snapshot, staged
+        self._failpoint, self._wall = failpoint, wall
+        self._prepare = Prepare.begin(blobs, failpoint)
+        self._participant = core.Participant(self._snapshot.generation)
+        self._entry: fmt.CatalogEntry | None = None
+        self._detail = ""
+        self._ruling: tuple[Verdict, str] | None = None
+        self._events: deque[core.ParticipantEvent] = deque()
+        self.failed_here = ""
+        """Why this rank could not prepare, for its report."""
+        self.nbytes = 0
+        """Of the whole snapshot; known on rank 0."""
+
+    def run(self) -> SaveResult:
+        """Returns when it is decided as far as this rank can tell. Raises only bugs."""
+        self._events.append(core.Trigger(self._snapshot))
+        released = False
+        while self._events:
+            self._participant, effects = self._participant.step(self._events.popleft())
+            for effect in effects:
+                match effect:
+                    case core.Stage():
+                        self._on_stage()
+                    case core.WritePacks():
+                        self._write_packs()
+                    case core.SendVote():
+                        self._vote(effect)
+                    case core.Discard():
+                        self._prepare.discard()
+                    case core.Release():
+                        released = True
+        self._failpoint("decided")
+        return self._result(released)
+
+    def _on_stage(self) -> None:
+        if isinstance(self._staged, ElasticError):
+            self._fail(str(self._staged))
+        else:
+            self._events.append(core.Staged(self._snapshot))
+
+    def _fail(self, reason: str) -> None:
+        self.failed_here = reason
+        self._events.append(core.Written(self._snapshot, False, reason=reason))
+
+    def _write_packs(self) -> None:
+        if isinstance(self._staged, ElasticError):
+            raise self._staged
+        leads = self._votes.rank == 0
+        try:
+            if leads and self._snapshot.entry in self._catalog.names():
+                self._fail(f"snapshot {self._snapshot.entry} is already in the catalog")
+                return
+            prepared = fmt.encode(self._prepare.write(self._staged, list_all=leads))
+        except ElasticError as error:
+            self._fail(str(error))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever fails here is an abort, or the others would wait for us
+            self._fail(f"{type(error).__name__}: {error}")
+            return
+        self._failpoint("packs_written")
+        if len(prepared) > limits.VOTE_BYTES_MAX:
+            self._fail(f"a chunk table of {len(prepared)} bytes; at most {limits.VOTE_BYTES_MAX}")
+            return
+        self._events.append(core.Written(self._snapshot, True, prepared))
+
+    def _vote(self, effect: core.SendVote) -> None:
+        snapshot = self._snapshot
+        head = _Ballot(snapshot.step, snapshot.generation, effect.vote.value, effect.reason)
+        ballot = _join(head, effect.payload)
+        try:
+            if self._votes.rank == 0:
+                self._coordinate(ballot)
+                if self._ruling is not None:
+                    self._events.append(core.Decision(snapshot, *self._ruling))
+                return
+            self._votes.gather(ballot)
+            self._failpoint("vote_sent")
+            ruling = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling)
+            theirs = Snapshot(ruling.step, ruling.generation)
+            if theirs == snapshot:
+                self._ruling = (Verdict(ruling.verdict), ruling.reason)
+                self._events.append(core.Decision(snapshot, *self._ruling))
+            else:
+                self._detail = f"rank 0 ruled on {theirs.entry} instead"
+                self._events.append(core.PeerLost(self._detail))
+        except (VotesLost, msgspec.MsgspecError, ValueError) as error:
+            self._detail = str(error)
+            self._events.append(core.PeerLost(str(error)))
+
+    def _coordinate(self, own: bytes) -> None:
+        machine = core.Coordinator(self._snapshot.generation, self._votes.world_size)
+        events: deque[core.CoordinatorEvent] = deque([core.Trigger(self._snapshot)])
+        try:
+            ballots = self._votes.gather(own) or []
+            self._failpoint("votes_gathered")
+            events.extend(self._ballot(rank, ballot) for rank, ballot in enumerate(ballots))
+        except (VotesLost, msgspec.MsgspecError, ValueError) as error:
+            events.append(core.PeerLost(str(error)))
+        events.append(core.Timeout(self._snapshot))  # ends what a missing or foreign ballot left open
+        while events:
+            machine, effects = machine.step(events.popleft())
+            for effect in effects:
+                answer = self._execute(effect)
+                if answer is not None:
+                    events.appendleft(answer)
+
+    def _ballot(self, rank: int, ballot: bytes) -> core.VoteFrom:
+        head, _, payload = ballot.partition(b"\n")
+        vote = msgspec.json.decode(head, type=_Ballot)
+        return core.VoteFrom(
+            rank, Snapshot(vote.step, vote.generation), Vote(vote.vote), payload, vote.reason
+        )
+
+    def _execute(self, effect: core.CoordinatorEffect) -> core.CoordinatorEvent | None:
+        match effect:
+            case core.WriteManifest():
+                outcome = self._write_manifest(effect.payloads)
+                self._failpoint("manifest_written")
+                return core.ManifestWritten(self._snapshot, outcome)
+            case core.PutEntry():
+                outcome = self._put_entry()
+                self._failpoint("entry_put")
+                return core.EntryPut(self._snapshot, outcome)
+            case core.ReadEntry():
+                present = None if self._entry is None else self._catalog.entry_present(self._entry)
+                return core.EntryRead(self._snapshot, present)
+            case core.MoveHints():
+                moved = self._catalog.move_hints()
+                self._failpoint("hints_moved")
+                return core.HintsMoved(self._snapshot, moved)
+            case core.Announce():
+                self._announce(effect)
+        return None
+
+    def _write_manifest(self, payloads: tuple[bytes, ...]) -> Outcome:
+        request, snapshot = self._request, self._snapshot
+        try:
+            prepared = [
+                fmt.decode(payload, fmt.Prepared, f"the vote of rank {rank}")
+                for rank, payload in enumerate(payloads)
+            ]
+            manifest = merge(
+                prepared,
+                step=snapshot.step,
+                generation=snapshot.generation,
+                config_digest=request.config_digest,
+            )
+            fmt.check_manifest(manifest, "the state as the ranks gave it")
+            data = fmt.encode(manifest)
+            if len(data) > limits.MANIFEST_BYTES_MAX:
+                raise CorruptSnapshot(
+                    f"a manifest of {len(data)} bytes", valid=f"at most {limits.MANIFEST_BYTES_MAX}"
+                )
+            sha256 = hashlib.sha256(data).hexdigest()
+            self.nbytes = sum(pack.nbytes for pack in manifest.packs)
+            parent = self._catalog.newest()
+            self._entry = fmt.CatalogEntry(
+                format=limits.FORMAT_NAME,
+                version=limits.FORMAT_VERSION,
+                name=snapshot.entry,
+                step=snapshot.step,
+                generation=snapshot.generation,
+                manifest=sha256,
+                manifest_bytes=len(data),
+                kind=request.kind,
+                nbytes=self.nbytes,
+                tensors=len(manifest.tensors),
+                world_size=manifest.world_size,
+                wall_time=self._wall(),
+                parent=parent.name if parent else None,
+                metrics=request.metrics,
+                tags=request.tags,
+                config_digest=request.config_digest,
+            )
+            entry_nbytes = len(fmt.encode(self._entry))
+            if entry_nbytes > limits.ENTRY_BYTES_MAX:
+                raise CorruptSnapshot(f"metrics and tags of {entry_nbytes} bytes")
+            return self._blobs.put_if_absent(fmt.manifest_path(sha256), data)
+        except ElasticError as error:
+            self._detail = str(error)
+            return Outcome.UNKNOWN
+
+    def _put_entry(self) -> Outcome:
+        if self._entry is None:
+            return Outcome.UNKNOWN
+        try:
+            return self._blobs.put_if_absent(fmt.entry_path(self._entry.name), fmt.encode(self._entry))
+        except ElasticError as error:
+            self._detail = str(error)
+            return Outcome.UNKNOWN
+
+    def _announce(self, effect: core.Announce) -> None:
+        reason = f"{effect.reason}: {self._detail}" if effect.reason and self._detail else effect.reason
+        self._ruling = (effect.verdict, reason)
+        ruling = _Ruling(self._snapshot.step, self._snapshot.generation, effect.verdict.value, reason)
+        try:
+            self._votes.broadcast(msgspec.json.encode(ruling))
+        except VotesLost as error:
+            self._detail = self._detail or str(error)
+        self._failpoint("announced")
+
+    def _result(self, released: bool) -> SaveResult:
+        """A ruling, or what reading settles: a rank that voted and heard nothing looks whether the entry is there."""
+        verdict, reason = self._ruling or (Verdict.UNKNOWN, self._detail or self.failed_here)
+        if verdict is Verdict.UNKNOWN and released:
+            try:
+                if self._snapshot.entry in self._catalog.names():
+                    verdict = Verdict.COMMIT
+            except ElasticError as error:
+                reason = f"{reason}; {error}"
+        if verdict is Verdict.COMMIT:
+            return SaveResult(True, self._snapshot.entry, "")
+        return SaveResult(False, None, reason or self.failed_here or "undecided")

@@ -1,0 +1,367 @@
+"""CheckpointManager: snapshots of a run directory, for training and on its own.
+
+`save` copies the state and returns; a thread of the manager writes, votes and commits. A snapshot that fails is counted
+and reported and never raises into training. `load` verifies every byte that it hands over.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+from autoglm_elastic.coordination.clock import SystemClock
+from autoglm_elastic.core.commit import CoalescingTrigger, Snapshot
+from autoglm_elastic.core.lineage import GenerationRecord
+from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
+from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
+from autoglm_elastic.snapshot import failpoints, limits
+from autoglm_elastic.snapshot.catalog import Catalog, OnEvent, no_event
+from autoglm_elastic.snapshot.commit import Commit, Request, SaveResult
+from autoglm_elastic.snapshot.failpoints import Failpoints
+from autoglm_elastic.snapshot.format import CatalogEntry
+from autoglm_elastic.snapshot.layout import lay_out
+from autoglm_elastic.snapshot.load import LoadReport, load_into
+from autoglm_elastic.snapshot.stage import Arena, Staged
+from autoglm_elastic.snapshot.verify import Problem, verify
+from autoglm_elastic.snapshot.votes import SingleVotes
+from autoglm_elastic.storage import LocalBlobs
+
+_TRIGGERS, _LOADS = 1, 2
+"""Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
+_IDLE_S: Final = 60.0
+"""The writer thread looks up this often although it is woken for everything."""
+
+
+class Handle:
+    """One `save`. Any thread may wait for it."""
+
+    def __init__(self) -> None:
+        self._decided = threading.Event()
+        self._result = SaveResult(False, None, "undecided")
+
+    def done(self) -> bool:
+        return self._decided.is_set()
+
+    def wait(self, timeout_s: float) -> SaveResult:
+        """The result; an uncommitted one with a reason when it is not decided within `timeout_s`."""
+        if not self._decided.wait(timeout_s):
+            return SaveResult(False, None, f"not decided within {timeout_s} s")
+        return self._result
+
+    def settle(self, result: SaveResult) -> None:
+        self._result = result
+        self._decided.set()
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the triggers on this rank."""
+
+    committed: int = 0
+    failed: int = 0
+    coalesced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request: Request
+    staged: Staged | ElasticError
+    handle: Handle
+    began: float
+    stall_s: float
+
+
+class CheckpointManager:
+    """Snapshots under `run_dir`. Every rank has one; all call `save` at the same step boundaries.
+
+    Args:
+        run_dir: the run directory, shared by all ranks (or a `ports.StreamBlobs`).
+        generation: which generation the snapshots extend; older ones are fenced off by the lineage.
+        votes: the ranks' transport for this generation; None for a world of one.
+        on_event: called with (name, fields) from whatever thread; what it raises is ignored.
+        failpoint: for tests (snapshot/failpoints.py).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | StreamBlobs,
+        *,
+        generation: int = 0,
+        votes: Votes | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        on_event: OnEvent | None = None,
+        failpoint: Failpoints = failpoints.none,
+    ) -> None:
+        if votes is None and world_size != 1:
+            raise UsageError(f"a world of {world_size} without votes", do="pass votes=GroupVotes(gloo_group)")
+        if votes is not None and (votes.rank, votes.world_size) != (rank, world_size):
+            raise UsageError(
+                f"rank {rank} of {world_size}",
+                valid=f"rank {votes.rank} of {votes.world_size}, as the votes say",
+            )
+        self._blobs: StreamBlobs = LocalBlobs(run_dir) if isinstance(run_dir, str | os.PathLike) else run_dir
+        self._votes: Votes = votes or SingleVotes()
+        self._rank, self._world_size, self._generation = rank, world_size, generation
+        self._listener = on_event or no_event
+        self._failpoint = failpoint
+        self._catalog = Catalog(self._blobs, self._on_event)
+        self._wall = SystemClock().wall
+        self._arena = Arena()
+        self._trigger = CoalescingTrigger()
+        self._changed = threading.Condition()
+        self._job: _Job | None = None
+        self._busy = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self.counts = Counts()
+
+    @property
+    def busy(self) -> bool:
+        """A snapshot of this rank is staged and not decided yet."""
+        return self._busy
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Iterable[str] = (),
+        kind: str = "full",
+        config_digest: str | None = None,
+        agreed: bool = False,
+    ) -> Handle:
+        """A snapshot of `state` as it is now. Returns when the state may change again. Never raises for a snapshot's
+        failure: the handle tells.
+
+        Args:
+            step: the boundary; an entry is named by it and the generation, once.
+            state: nested dicts and lists of tensors, DTensors and JSON values, alike on all ranks; plain tensors have
+                the same content on all ranks.
+            metrics: for the catalog; what is not finite is left out.
+            agreed: all ranks know already that rank 0 is not busy; otherwise rank 0 tells them in a message of its own.
+        """
+        began = monotonic()
+        handle = Handle()
+        refusal = self._admit(agreed)
+        if refusal:
+            handle.settle(SaveResult(False, None, refusal))
+            return handle
+        staged: Staged | ElasticError
+        try:
+            staged = self._arena.stage(lay_out(state, self._rank, self._world_size))
+        except ElasticError as error:
+            staged = error
+        except Exception as error:  # noqa: BLE001 - also what a user's state_dict() raises: this rank votes abort
+            staged = PlatformError(f"staging step {step}: {type(error).__name__}: {error}")
+        self._failpoint("staged")
+        request = Request(
+            Snapshot(step, self._generation),
+            kind,
+            {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)},
+            tuple(tags),
+            config_digest,
+        )
+        with self._changed:
+            self._job = _Job(request, staged, handle, began, monotonic() - began)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="autoglm-snapshot", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return handle
+
+    def _admit(self, agreed: bool) -> str:
+        """Why no snapshot begins now, or "" when this rank is reserved for one."""
+        go = True
+        with self._changed:
+            if self._closed:
+                return "the manager is closed"
+            if self._rank == 0 and not agreed:
+                self._trigger, go = self._trigger.request()
+        if not agreed and self._world_size > 1:
+            try:
+                word = self._votes.channel(_TRIGGERS).broadcast(b"go" if go else b"no")
+            except VotesLost as error:
+                self._count_failure(str(error))
+                with self._changed:
+                    if self._rank == 0 and go:
+                        self._trigger, _ = self._trigger.settled()
+                return str(error)
+            go = word == b"go"
+        if not go:
+            with self._changed:
+                self.counts.coalesced += 1
+            return "coalesced: another snapshot is in flight"
+        with self._changed:
+            # Rank 0 has decided the last one before it asks for this; here its decision can only be on the way.
+            if not self._changed.wait_for(lambda: not self._busy, timeout=limits.CLOSE_S):
+                return f"the snapshot before was not decided within {limits.CLOSE_S} s"
+            self._busy = True
+        return ""
+
+    def _count_failure(self, reason: str) -> None:
+        with self._changed:
+            self.counts.failed += 1
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while self._job is None:
+                    if self._closed:
+                        return
+                    self._changed.wait(_IDLE_S)
+                job = self._job
+            result = SaveResult(False, None, "the writer failed")
+            try:
+                result = self._commit(job)
+            finally:
+                with self._changed:
+                    self._job = None
+                    self._busy = False
+                    if self._trigger.in_flight:
+                        self._trigger = CoalescingTrigger(coalesced=self._trigger.coalesced)
+                    if result.committed:
+                        self.counts.committed += 1
+                    else:
+                        self.counts.failed += 1
+                    self._changed.notify_all()
+                job.handle.settle(result)
+
+    def _commit(self, job: _Job) -> SaveResult:
+        snapshot = job.request.snapshot
+        commit = Commit(
+            self._blobs,
+            self._catalog,
+            self._votes,
+            job.request,
+            job.staged,
+            failpoint=self._failpoint,
+            wall=self._wall,
+        )
+        try:
+            result = commit.run()
+        except Exception as error:  # noqa: BLE001 - a bug in here is the snapshot's failure, not the training's
+            result = SaveResult(False, None, f"{type(error).__name__}: {error}")
+        where = {"step": snapshot.step, "generation": snapshot.generation}
+        if commit.failed_here:
+            self._on_event("snapshot.failed", {**where, "rank": self._rank, "reason": commit.failed_here})
+        if self._rank == 0 and result.committed:
+            took = {"nbytes": commit.nbytes, "seconds": monotonic() - job.began, "stall_s": job.stall_s}
+            self._on_event("snapshot.committed", {**where, "entry": result.entry, **took})
+        elif self._rank == 0:
+            self._on_event("snapshot.aborted", {**where, "reason": result.reason})
+        return result
+
+    def _on_event(self, name: str, fields: dict[str, Any]) -> None:
+        try:
+            self._listener(name, fields)
+        except Exception:  # noqa: BLE001 - a listener's fault must not become the snapshot's
+            return
+
+    def load(
+        self, state: MutableMapping[str, Any], *, entry: str | CatalogEntry | None = None, strict: bool = True
+    ) -> LoadReport:
+        """Loads a snapshot into `state`, in place, from any world size to any; every byte is verified.
+
+        An empty dict or list and None in `state` are holes: they take what is stored there, tensors whole on the CPU.
+
+        Args:
+            entry: which one; None for the newest of the lineage, which rank 0 then chooses for all ranks.
+            strict: refuse when `state` and snapshot do not have the same keys.
+
+        Raises UsageError (nothing is changed then) or CorruptSnapshot (`state` may be partly overwritten then).
+        """
+        chosen = (
+            entry
+            if isinstance(entry, CatalogEntry)
+            else self._catalog.entry(entry or self._agree_on_newest())
+        )
+        manifest = self._catalog.manifest(chosen)
+        missing, unexpected = load_into(self._blobs, manifest, state, strict)
+        return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected)
+
+    def _agree_on_newest(self) -> str:
+        name = ""
+        failure: ElasticError | None = None
+        if self._rank == 0:
+            try:
+                newest = self.newest()
+                name = newest.name if newest else ""
+            except ElasticError as error:
+                failure = error
+        try:
+            name = self._votes.channel(_LOADS).broadcast(name.encode() if self._rank == 0 else None).decode()
+        except VotesLost as error:
+            raise PlatformError(f"no agreement on the snapshot to load: {error}") from error
+        if failure is not None:
+            raise failure
+        if not name:
+            raise UsageError("the run directory has no snapshot", do="save one first")
+        return name
+
+    def entries(self) -> list[CatalogEntry]:
+        """All committed snapshots of whatever lineage, oldest step first."""
+        return self._catalog.entries()
+
+    def records(self) -> list[GenerationRecord]:
+        """The lineage's records. Raises CorruptSnapshot."""
+        return self._catalog.records()
+
+    def put_generation(self, record: GenerationRecord) -> Outcome:
+        """OK (also when the same record is there), CONFLICT when another one took this number, UNKNOWN."""
+        return self._catalog.put_generation(record)
+
+    def newest(self) -> CatalogEntry | None:
+        """The newest snapshot of the lineage, unverified."""
+        return self._catalog.newest()
+
+    def verify(self, entry: str | CatalogEntry) -> list[Problem]:
+        """Reads every byte; empty when all are right."""
+        chosen = entry if isinstance(entry, CatalogEntry) else self._catalog.entry(entry)
+        return verify(self._blobs, self._catalog, chosen)
+
+    def newest_verified(self, candidates: Iterable[str | CatalogEntry] | None = None) -> CatalogEntry | None:
+        """The first of `candidates` (default: the lineage, newest first) of which every byte verifies.
+
+        Each that does not is reported as `snapshot.rejected`.
+        """
+        for candidate in self._catalog.candidates() if candidates is None else candidates:
+            try:
+                chosen = candidate if isinstance(candidate, CatalogEntry) else self._catalog.entry(candidate)
+                problems = [str(problem) for problem in self.verify(chosen)]
+            except ElasticError as error:
+                problems = [str(error)]
+            if not problems:
+                return chosen
+            name = candidate.name if isinstance(candidate, CatalogEntry) else candidate
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            self._on_event("snapshot.rejected", {"entry": name, "reason": problems[0] + more})
+        return None
+
+    def repair_hints(self) -> bool:
+        """HEAD and `latest` show the newest snapshot of the lineage again."""
+        return self._catalog.move_hints()
+
+    def close(self, timeout_s: float = limits.CLOSE_S) -> bool:
+        """Takes no more snapshots and waits for the one in flight. False when it was not decided in time; its thread
+        is left behind then and ends when its votes do."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            idle = self._changed.wait_for(lambda: not self._busy, timeout=timeout_s)
+        thread = self._thread
+        if idle and thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=limits.CLOSE_S)
+        return idle
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,109 @@
+"""The transport of votes: a dedicated gloo process group, or nobody but oneself. Bytes only, nothing pickled.
+
+Messages are point-to-point with a tag per conversation, so that the training thread and the writer thread can each hold
+one over the same group. The group's owner breaks it when the world changes; everybody waiting here gets `VotesLost` then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from autoglm_elastic.ports import Votes, VotesLost
+from autoglm_elastic.snapshot import limits
+
+_TAG_BASE: Final = 0x0A00
+"""Keeps our tags away from those of a user who sends over the same group."""
+_TAGS_A_CHANNEL: Final = 4
+_SIZE, _DATA = 0, 1
+
+
+class SingleVotes:
+    """A world of one (ports.Votes)."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, payload: bytes) -> list[bytes] | None:
+        return [payload]
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        if payload is None:
+            raise VotesLost("rank 0 gave nothing to broadcast")
+        return payload
+
+    def channel(self, number: int) -> SingleVotes:
+        return self
+
+
+class GroupVotes:
+    """ports.Votes over a gloo process group that nothing else uses.
+
+    Args:
+        group: a gloo `ProcessGroup` (from `dist.new_group(backend="gloo")` or built directly).
+        timeout_s: bound of every wait for another rank.
+        channel: the conversation.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, *, timeout_s: float = limits.VOTE_S, channel: int = 0
+    ) -> None:
+        self._group, self._timeout_s = group, timeout_s
+        self._tag = _TAG_BASE + channel * _TAGS_A_CHANNEL
+        self.rank = group.rank()
+        self.world_size = group.size()
+
+    def channel(self, number: int) -> Votes:
+        return GroupVotes(self._group, timeout_s=self._timeout_s, channel=number)
+
+    def gather(self, payload: bytes) -> list[bytes] | None:
+        """Rank 0 waits for the ranks in turn; the first that is lost ends it."""
+        if self.rank != 0:
+            self._send(0, payload)
+            return None
+        return [payload, *(self._receive(peer) for peer in range(1, self.world_size))]
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Rank 0 serves every peer it can reach before it raises `VotesLost` for one that it cannot."""
+        if self.rank != 0:
+            return self._receive(0)
+        if payload is None:
+            raise VotesLost("rank 0 gave nothing to broadcast")
+        lost: VotesLost | None = None
+        for peer in range(1, self.world_size):
+            try:
+                self._send(peer, payload)
+            except VotesLost as error:
+                lost = error
+        if lost is not None:
+            raise lost
+        return payload
+
+    def _send(self, peer: int, payload: bytes) -> None:
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        self._wait(lambda: self._group.send([size], peer, self._tag + _SIZE), "sending to", peer)
+        if payload:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            self._wait(lambda: self._group.send([data], peer, self._tag + _DATA), "sending to", peer)
+
+    def _receive(self, peer: int) -> bytes:
+        size = torch.zeros(1, dtype=torch.int64)
+        self._wait(lambda: self._group.recv([size], peer, self._tag + _SIZE), "receiving from", peer)
+        nbytes = int(size.item())
+        if not 0 <= nbytes <= limits.VOTE_BYTES_MAX:
+            raise VotesLost(f"rank {peer} announced a vote of {nbytes} bytes")
+        data = torch.zeros(nbytes, dtype=torch.uint8)
+        if nbytes:
+            self._wait(lambda: self._group.recv([data], peer, self._tag + _DATA), "receiving from", peer)
+        return data.numpy().tobytes()
+
+    def _wait(self, start: Callable[[], Any], doing: str, peer: int) -> None:
+        try:
+            work = start()
+            work.wait(timedelta(seconds=self._timeout_s))
+        except (RuntimeError, ValueError) as error:
+            raise VotesLost(f"{doing} rank {peer}: {str(error).splitlines()[0][:160]}") from error
