@@ -1,0 +1,132 @@
+"""Who hosts the store of a run, and how the others reach it: the meaning of `--rdzv-endpoint`.
+
+The agent whose machine the endpoint names and that can listen on its port hosts the store; everybody else
+connects.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from torch.distributed.elastic.rendezvous.utils import (
+    _matches_machine_hostname,
+    parse_rendezvous_endpoint,
+)
+
+from autoglm_elastic.coordination import StoreClient, StoreServer
+from autoglm_elastic.errors import PlatformError, UsageError
+from autoglm_elastic.ports import Clock, StoreUnavailable
+
+PORT_DEFAULT: Final = 29400
+"""torchrun's own."""
+
+REQUEST_S_MAX: Final = 5.0
+"""Bound of one store call."""
+
+HOST_WAIT_S: Final = 5.0
+"""A port of this machine that is taken but does not answer like our store gets so long: its owner may just
+start."""
+
+BACKOFF_S_MIN: Final = 0.05
+BACKOFF_S_MAX: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Our connection to the run's store. `endpoint`: "host:port" for others; `local_host`: this machine, as
+    others reach it; `server`: when it is hosted here."""
+
+    client: StoreClient
+    server: StoreServer | None
+    endpoint: str
+    local_host: str
+
+    def close(self, linger_s: float) -> None:
+        self.client.close()
+        if self.server is not None:
+            self.server.close(linger_s)
+
+
+def attach(
+    endpoint: str,
+    *,
+    run_id: str,
+    is_host: bool | None,
+    join_timeout_s: float,
+    local_addr: str | None,
+    clock: Clock,
+) -> Attachment:
+    """Host or reach the store.
+
+    Raises:
+        UsageError: no endpoint that can be understood.
+        PlatformError: the port belongs to something else, or nobody answers within `join_timeout_s`.
+    """
+    try:
+        host, port = parse_rendezvous_endpoint(endpoint, PORT_DEFAULT)
+    except ValueError as error:
+        raise UsageError(f"--rdzv-endpoint {endpoint!r}: {error}", valid="HOST or HOST:PORT") from None
+    if is_host is None:
+        is_host = _matches_machine_hostname(host)
+    server = _try_to_host(host, port, run_id) if is_host else None
+    if server is not None:
+        port = server.address[1]
+    reach = _loopback_of(host) if server is not None else host
+    wait_s = HOST_WAIT_S if is_host else join_timeout_s
+    try:
+        client = _connect(reach, port, run_id, min(wait_s, join_timeout_s), clock)
+    except BaseException:
+        if server is not None:
+            server.close()
+        raise
+    local_host = local_addr or client.local_host
+    if not local_addr and _is_loopback(local_host) and not _is_loopback(host):
+        # We sit beside the store, reached over loopback: the others know this machine by the endpoint's name.
+        local_host = host
+    return Attachment(client, server, f"{host}:{port}", local_host)
+
+
+def _try_to_host(host: str, port: int, run_id: str) -> StoreServer | None:
+    """None: somebody listens there already."""
+    try:
+        return StoreServer(_loopback_of(host) if _is_loopback(host) else "", port, realm=run_id)
+    except PlatformError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
+            return None
+        raise
+
+
+def _connect(host: str, port: int, run_id: str, wait_s: float, clock: Clock) -> StoreClient:
+    give_up_at = clock.monotonic() + wait_s
+    backoff_s = BACKOFF_S_MIN
+    while True:
+        try:
+            return StoreClient(host, port, timeout_s=REQUEST_S_MAX, realm=run_id)
+        except StoreUnavailable as error:
+            remaining_s = give_up_at - clock.monotonic()
+            if remaining_s <= 0:
+                raise PlatformError(
+                    f"nobody serves the run's store for {wait_s:g} s: {error}",
+                    do="start the agent that --rdzv-endpoint names, or check that this machine can reach it",
+                ) from error
+        # Nothing tells when a remote process begins to listen.
+        time.sleep(min(backoff_s, remaining_s))
+        backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _loopback_of(host: str) -> str:
+    return host if _is_loopback(host) and host != "localhost" else "127.0.0.1"
