@@ -329,10 +329,14 @@ class Coordinator:
             return self._announce(Verdict.ABORT, f"rank {event.rank}: {event.reason}")
         known[event.rank] = event.payload
         votes = tuple(sorted(known.items()))
-        if not all_prepared(self.world_size, votes):
+        if not self._all_prepared(votes):
             return replace(self, votes=votes), ()
         manifest = WriteManifest(snapshot, tuple(payload for _, payload in votes))
         return replace(self, phase=CoordinatorPhase.MANIFEST, votes=votes), (manifest,)
+
+    def _all_prepared(self, votes: tuple[tuple[int, bytes], ...]) -> bool:
+        """The one condition of a commit: every rank has voted, and only prepared votes are kept."""
+        return len(votes) == self.world_size
 
     def _put(self, snapshot: Snapshot) -> tuple[Coordinator, tuple[CoordinatorEffect, ...]]:
         if self.attempts >= SETTLE_ATTEMPTS_MAX:
@@ -374,12 +378,7 @@ class Coordinator:
         return self._idle(), (Announce(self.snapshot, verdict, reason),)
 
     def _idle(self) -> Coordinator:
-        return Coordinator(self.generation, self.world_size)
-
-
-def all_prepared(world_size: int, votes: tuple[tuple[int, bytes], ...]) -> bool:
-    """The one condition of a commit: every rank has voted, and all votes kept are prepared ones."""
-    return len(votes) == world_size
+        return type(self)(self.generation, self.world_size)
 
 
 @dataclass(frozen=True, slots=True)

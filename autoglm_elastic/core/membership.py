@@ -372,7 +372,8 @@ def _evaluate_broken(state: LeaderState, now: float) -> _Step:
     if state.unseen:
         return state, (WakeAt(state.unseen_until),)
     eligible = _eligible(state)
-    if len(eligible) < state.policy.nodes_min:
+    # Who has finished has done its part: the others may go on without it.
+    if not eligible or len(eligible) + len(state.finished) < state.policy.nodes_min:
         return _too_few(state, now, state.waiting_since)
     newcomers = [member.node for member in eligible if member.node in state.fresh]
     joined = f"; {_nodes(newcomers)} joined" if newcomers else ""

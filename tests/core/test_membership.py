@@ -244,9 +244,14 @@ def test_finished_nodes_are_not_placed_again_and_nobody_joins_the_end() -> None:
     assert leader.effects[-1] == FinishJob()
 
 
+def test_finished_nodes_count_towards_the_minimum() -> None:
+    leader = running("ab").feed(Finished("a", 0, 20.0), broken("b", 0, 21.0))
+    assert leader.nodes == "b"
+
+
 def test_too_few_because_the_others_are_done_says_so() -> None:
-    leader = running("ab").feed(Finished("a", 0, 20.0), broken("b", 0, 21.0), Tick(81.0))
-    assert "(node a already finished)" in leader.failed[0].reason
+    leader = running("ab").feed(Finished("a", 0, 20.0), MemberDown("b", 21.0), Tick(81.0))
+    assert leader.failed[0].reason.startswith("0 nodes for 60 s, at least 2 needed (node a already finished)")
 
 
 def adopt(found: Generation, *events: Event, policy: Policy = POLICY) -> Leader:
@@ -344,7 +349,8 @@ def check(leader: Leader, before: LeaderState, effects: Sequence[Effect]) -> Non
         nodes = [place.node for place in sealed.placements]
         live = {item.node: item.incarnation for item in state.members}
         assert sealed.number >= before.next_number
-        assert POLICY.nodes_min <= len(nodes) <= POLICY.nodes_max
+        assert 1 <= len(nodes) <= POLICY.nodes_max
+        assert len(nodes) + len(state.finished) >= POLICY.nodes_min
         assert len(set(nodes)) == len(nodes)
         assert not set(nodes) & state.finished
         assert all(live[place.node] == place.incarnation for place in sealed.placements)
