@@ -22,8 +22,8 @@ from autoglm_elastic.snapshot.format import Box
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """`local`: this rank's memory, whose shape is `box[1]`. The same box is held by `replicas` ranks, of which this is
-    number `replica`; None for a tensor that every rank of the world holds."""
+    """`local`: this rank's memory, whose shape is `box[1]`. The same box is held by `replicas` ranks, of
+    which this is number `replica`; None for a tensor that every rank of the world holds."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -34,7 +34,8 @@ class Placed:
 
 
 def placed(tensor: torch.Tensor, name: str) -> Placed:
-    """Raises UsageError for a tensor that has no plain bytes (sparse, quantized, meta, partial sums, wrappers)."""
+    """Raises UsageError for a tensor that has no plain bytes (sparse, quantized, meta, partial sums,
+    wrappers)."""
     shape = tuple(tensor.shape)
     if len(shape) > limits.DIMS_MAX:
         raise UsageError(f"tensor {name} has {len(shape)} dimensions", valid=f"at most {limits.DIMS_MAX}")
@@ -59,7 +60,7 @@ def _dtype(tensor: torch.Tensor, name: str) -> DType:
         or is_traceable_wrapper_subclass(tensor)
     ):
         raise UsageError(
-            f"tensor {name} is a {type(tensor).__name__} of {tensor.dtype}, {tensor.layout}, on {tensor.device}",
+            f"tensor {name} is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}",
             valid=f"a dense tensor or DTensor of {', '.join(BY_NAME)}",
         )
     return dtype

@@ -1,7 +1,7 @@
 """The version index of a run directory: committed snapshots, the lineage of generations, and the two hints.
 
-The catalog directory is the truth; HEAD and `latest` only show it. What does not decode is not there, and is reported.
-"""
+The catalog directory is the truth; HEAD and `latest` only show it. What does not decode is not there, and is
+reported."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class Catalog:
         return sorted(records, key=lambda record: record.number)
 
     def put_generation(self, record: GenerationRecord) -> Outcome:
-        """OK also when the same record is there already; CONFLICT for another one; UNKNOWN only if reading fails too."""
+        """OK also when the same record is there already; CONFLICT for another one; UNKNOWN only if reading
+        fails too."""
         path = fmt.generation_path(record.number)
         data = fmt.encode(msgspec.convert(record.to_json(), fmt.GenerationFile))
         outcome = self._blobs.put_if_absent(path, data)
@@ -129,7 +130,8 @@ class Catalog:
             return None
 
     def move_hints(self) -> bool:
-        """HEAD and `latest` show the newest entry of the lineage. False when that failed: nobody depends on it."""
+        """HEAD and `latest` show the newest entry of the lineage. False when that failed: nobody depends on
+        it."""
         try:
             newest = self.newest()
             if newest is not None:

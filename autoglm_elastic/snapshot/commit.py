@@ -1,8 +1,9 @@
-"""Drives one snapshot through the two-phase commit: runs the effects of `core.commit`'s machines, nothing else.
+"""Drives one snapshot through the two-phase commit: runs the effects of `core.commit`'s machines, nothing
+else.
 
-Order matters and is decided in the core; this room executes: packs, vote, manifest, entry (the commit), hints. It may
-touch the run directory and the votes' transport. It must never raise what a snapshot's failure is into training.
-"""
+Order matters and is decided in the core; this room executes: packs, vote, manifest, entry (the commit),
+hints. It may touch the run directory and the votes' transport. It must never raise what a snapshot's failure
+is into training."""
 
 from __future__ import annotations
 
@@ -286,7 +287,8 @@ class Commit:
         self._failpoint("announced")
 
     def _result(self, released: bool) -> SaveResult:
-        """A ruling, or what reading settles: a rank that voted and heard nothing looks whether the entry is there."""
+        """A ruling, or what reading settles: a rank that voted and heard nothing looks whether the entry is
+        there."""
         verdict, reason = self._ruling or (Verdict.UNKNOWN, self._detail or self.failed_here)
         if verdict is Verdict.UNKNOWN and released:
             try:

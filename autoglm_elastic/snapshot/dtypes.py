@@ -1,8 +1,7 @@
 """The data types a snapshot can hold: torch's names, and how their bytes are declared in a pack.
 
-What the safetensors format has no name for (in the oldest version we accept) is stored as the type named here, with one
-more dimension for the two halves of a complex number.
-"""
+What the safetensors format has no name for (in the oldest version we accept) is stored as the type named
+here, with one more dimension for the two halves of a complex number."""
 
 from __future__ import annotations
 
@@ -14,7 +13,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """`name`: as in `torch.<name>`, in manifests. `stored`: in a pack's header. `parts`: stored values per element."""
+    """`name`: as in `torch.<name>`, in manifests. `stored`: in a pack's header. `parts`: stored values per
+    element."""
 
     name: str
     torch: torch.dtype

@@ -19,7 +19,8 @@ POINTS: Final = (
     "announced",
     "decided",
 )
-"""In the order in which they are passed; `vote_sent` and `decided` on every rank, what lies between on rank 0."""
+"""In the order in which they are passed; `vote_sent` and `decided` on every rank, what lies between on rank
+0."""
 
 Failpoints = Callable[[str], None]
 

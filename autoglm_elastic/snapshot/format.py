@@ -1,13 +1,14 @@
-"""What lies in a run directory: catalog entries, generation records, manifests. Schemas, canonical JSON, checks.
+"""What lies in a run directory: catalog entries, generation records, manifests. Schemas, canonical JSON,
+checks.
 
-Every document is canonical JSON (keys sorted, no spaces, no duplicate): decoding re-encodes and compares, so that two
-readers can never see two meanings. Reading never trusts: sizes are capped before anything is allocated, and
-`check_manifest` proves that the chunks of a tensor cover it exactly once. Pure: no I/O here. docs/format.md says the same
-in prose.
-"""
+Every document is canonical JSON (keys sorted, no spaces, no duplicate): decoding re-encodes and compares, so
+that two readers can never see two meanings. Reading never trusts: sizes are capped before anything is
+allocated, and `check_manifest` proves that the chunks of a tensor cover it exactly once. Pure: no I/O here.
+docs/format.md says the same in prose."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -80,7 +81,8 @@ class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One committed snapshot. `manifest`: SHA-256. `nbytes`: of the packs. `wall_time`: seconds since the epoch."""
+    """One committed snapshot. `manifest`: SHA-256. `nbytes`: of the packs. `wall_time`: seconds since the
+    epoch."""
 
     format: str
     version: int
@@ -211,7 +213,8 @@ def _check_version(format_: str, version: int, where: str) -> None:
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Caps, ranges, digests' form, and that each tensor's chunks cover it exactly once. Raises CorruptSnapshot."""
+    """Caps, ranges, digests' form, and that each tensor's chunks cover it exactly once. Raises
+    CorruptSnapshot."""
     if len(manifest.tensors) > limits.TENSORS_MAX or len(manifest.packs) > limits.PACKS_MAX:
         raise CorruptSnapshot(f"{where} has {len(manifest.tensors)} tensors in {len(manifest.packs)} packs")
     for pack in manifest.packs:
@@ -233,7 +236,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         raise CorruptSnapshot(f"{where} has {chunks} chunks", valid=f"at most {limits.CHUNKS_MAX}")
     for pack, used in zip(manifest.packs, spans, strict=True):
         used.sort()
-        for (_, end), (begin, _) in zip(used, used[1:], strict=False):
+        for (_, end), (begin, _) in itertools.pairwise(used):
             if begin < end:
                 raise CorruptSnapshot(f"{where}: chunks overlap in pack {pack.sha256}")
 
@@ -268,11 +271,11 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def cover_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str:
-    """ "" when the boxes cover `shape` exactly once, else what is wrong. Equal volumes and no overlap mean covered.
+    """ "" when the boxes cover `shape` exactly once, else what is wrong. Equal volumes and no overlap mean
+    covered.
 
-    Overlaps are looked for in a sweep along the dimension in which the boxes differ most; for the grids that sharding
-    makes this compares each box with its neighbours only.
-    """
+    Overlaps are looked for in a sweep along the dimension in which the boxes differ most; for the grids that
+    sharding makes this compares each box with its neighbours only."""
     volume = math.prod(shape)
     filled = [box for box in boxes if math.prod(box[1])]
     total = sum(math.prod(sizes) for _, sizes in filled)

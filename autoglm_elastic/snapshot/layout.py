@@ -1,9 +1,9 @@
 """From a state to the boxes that one rank writes, and the state's structure as JSON.
 
-Every rank computes its own part from what it holds, without a message: a DTensor's shard is split among the ranks that
-hold the same shard, a plain tensor among all ranks, by rows when it is large and by name when it is small. The
-coordinator checks afterwards that the parts cover every tensor exactly once (format.cover_problem).
-"""
+Every rank computes its own part from what it holds, without a message: a DTensor's shard is split among the
+ranks that hold the same shard, a plain tensor among all ranks, by rows when it is large and by name when it
+is small. The coordinator checks afterwards that the parts cover every tensor exactly once
+(format.cover_problem)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from autoglm_elastic.snapshot.format import Box
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of tensor `name` that this rank writes as one chunk; `source` is the live memory of exactly that box."""
+    """A box of tensor `name` that this rank writes as one chunk; `source` is the live memory of exactly that
+    box."""
 
     name: str
     dtype: DType
@@ -71,8 +72,9 @@ def lay_out(state: Mapping[str, Any], rank: int, world_size: int) -> Layout:
 
 
 def parts_of(name: str, dtype: DType, shape: tuple[int, ...], box: Box, local: torch.Tensor) -> list[Part]:
-    """`box` of a tensor, held in `local`, in chunks; nothing for an empty box of a tensor that is not empty itself."""
-    if not math.prod(box[1]) and math.prod(shape):
+    """`box` of a tensor, held in `local`, in chunks; nothing for an empty box of a tensor that is not empty
+    itself."""
+    if 0 in box[1] and 0 not in shape:
         return []
     return [
         Part(name, dtype, shape, inner, part(local, box, inner))
@@ -107,7 +109,8 @@ def _free_name(name: str, taken: Mapping[str, object]) -> str:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...] | None:
-    """Equal for tied tensors: the same elements of the same memory. None where memory says nothing (empty, wrappers)."""
+    """Equal for tied tensors: the same elements of the same memory. None where memory says nothing (empty,
+    wrappers)."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel() or tensor.is_meta:
         return None
     if tensor.layout is not torch.strided:

@@ -1,4 +1,5 @@
-"""Every cap of the snapshot format and its machinery, with its reason. Enforced when written and when read."""
+"""Every cap of the snapshot format and its machinery, with its reason. Enforced when written and when
+read."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ TREE_DEPTH_MAX: Final = 64
 TREE_TEXT_MAX: Final = 16 << 20
 """One string or bytes value inside the structure: larger data belongs in a tensor."""
 SIZE_MAX: Final = 1 << 60
-"""Any extent, offset or byte count: products of two still fit in Python's fast range and are checked against files."""
+"""Any extent, offset or byte count: products of two still fit in Python's fast range and are checked against
+files."""
 
 CHUNK_BYTES: Final = 32 << 20
 """Target size of a chunk, the unit of verification: what a reader of one element has to read at least."""

@@ -1,8 +1,9 @@
-"""Loading into a live state, in place: what in the target takes what of the snapshot, then reading, then the rest.
+"""Loading into a live state, in place: what in the target takes what of the snapshot, then reading, then the
+rest.
 
-Nothing is changed before the whole target has been matched with the stored structure, so a snapshot that does not fit
-leaves the state as it was. A snapshot that turns out corrupt while tensors are read leaves them partly overwritten.
-"""
+Nothing is changed before the whole target has been matched with the stored structure, so a snapshot that does
+not fit leaves the state as it was. A snapshot that turns out corrupt while tensors are read leaves them
+partly overwritten."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class LoadReport:
 def load_into(
     blobs: StreamBlobs, manifest: Manifest, state: MutableMapping[str, Any], strict: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(missing, unexpected), as in LoadReport. Raises UsageError where the state does not fit, CorruptSnapshot."""
+    """(missing, unexpected), as in LoadReport. Raises UsageError where the state does not fit,
+    CorruptSnapshot."""
     loader = _Loader(blobs, manifest)
     finish = loader.match(state, manifest.tree, ())
     if strict and (loader.missing or loader.unexpected):

@@ -1,8 +1,7 @@
 """CheckpointManager: snapshots of a run directory, for training and on its own.
 
-`save` copies the state and returns; a thread of the manager writes, votes and commits. A snapshot that fails is counted
-and reported and never raises into training. `load` verifies every byte that it hands over.
-"""
+`save` copies the state and returns; a thread of the manager writes, votes and commits. A snapshot that fails
+is counted and reported and never raises into training. `load` verifies every byte that it hands over."""
 
 from __future__ import annotations
 
@@ -137,15 +136,17 @@ class CheckpointManager:
         config_digest: str | None = None,
         agreed: bool = False,
     ) -> Handle:
-        """A snapshot of `state` as it is now. Returns when the state may change again. Never raises for a snapshot's
-        failure: the handle tells.
+        """A snapshot of `state` as it is now. Returns when the state may change again. Never raises for a
+        snapshot's failure: the handle tells.
 
         Args:
             step: the boundary; an entry is named by it and the generation, once.
-            state: nested dicts and lists of tensors, DTensors and JSON values, alike on all ranks; plain tensors have
+            state: nested dicts and lists of tensors, DTensors and JSON values, alike on all ranks; plain
+            tensors have
                 the same content on all ranks.
             metrics: for the catalog; what is not finite is left out.
-            agreed: all ranks know already that rank 0 is not busy; otherwise rank 0 tells them in a message of its own.
+            agreed: all ranks know already that rank 0 is not busy; otherwise rank 0 tells them in a message
+            of its own.
         """
         began = monotonic()
         handle = Handle()
@@ -164,7 +165,7 @@ class CheckpointManager:
         request = Request(
             Snapshot(step, self._generation),
             kind,
-            {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)},
+            {key: float(value) for key, value in (metrics or {}).items() if math.isfinite(value)},
             tuple(tags),
             config_digest,
         )
@@ -269,14 +270,15 @@ class CheckpointManager:
     ) -> LoadReport:
         """Loads a snapshot into `state`, in place, from any world size to any; every byte is verified.
 
-        An empty dict or list and None in `state` are holes: they take what is stored there, tensors whole on the CPU.
+        An empty dict or list and None in `state` are holes: they take what is stored there, tensors whole on
+        the CPU.
 
         Args:
             entry: which one; None for the newest of the lineage, which rank 0 then chooses for all ranks.
             strict: refuse when `state` and snapshot do not have the same keys.
 
-        Raises UsageError (nothing is changed then) or CorruptSnapshot (`state` may be partly overwritten then).
-        """
+        Raises UsageError (nothing is changed then) or CorruptSnapshot (`state` may be partly overwritten
+        then)."""
         chosen = (
             entry
             if isinstance(entry, CatalogEntry)
@@ -349,8 +351,8 @@ class CheckpointManager:
         return self._catalog.move_hints()
 
     def close(self, timeout_s: float = limits.CLOSE_S) -> bool:
-        """Takes no more snapshots and waits for the one in flight. False when it was not decided in time; its thread
-        is left behind then and ends when its votes do."""
+        """Takes no more snapshots and waits for the one in flight. False when it was not decided in time; its
+        thread is left behind then and ends when its votes do."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,8 +1,8 @@
 """Packs: valid safetensors files in which every entry is one chunk.
 
-A pack is planned before its data exist (sizes are known), so its header is written first and the data as one sequential
-stream; digests are computed meanwhile in a second thread (hashing releases the GIL). The file is named by its SHA-256.
-"""
+A pack is planned before its data exist (sizes are known), so its header is written first and the data as one
+sequential stream; digests are computed meanwhile in a second thread (hashing releases the GIL). The file is
+named by its SHA-256."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class PackPlan:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """`chunks[i]` belongs to `plan.parts[i]`, numbered as if its pack were number 0. `created`: it was not there."""
+    """`chunks[i]` belongs to `plan.parts[i]`, numbered as if its pack were number 0. `created`: it was not
+    there."""
 
     pack: Pack
     chunks: tuple[Chunk, ...]

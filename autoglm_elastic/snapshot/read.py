@@ -1,8 +1,9 @@
-"""Reading tensors out of a snapshot: target boxes ∩ source boxes, straight into the target where it is possible.
+"""Reading tensors out of a snapshot: target boxes ∩ source boxes, straight into the target where it is
+possible.
 
-Each thread reads one chunk at a time, whole, since that is what its digest covers, and nothing is handed over before the
-digest is right. Extra memory is one chunk a thread, and none for chunks that lie contiguously in a target on the CPU.
-"""
+Each thread reads one chunk at a time, whole, since that is what its digest covers, and nothing is handed over
+before the digest is right. Extra memory is one chunk a thread, and none for chunks that lie contiguously in a
+target on the CPU."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from autoglm_elastic.snapshot.boxes import part
 from autoglm_elastic.snapshot.dtypes import BY_NAME
 from autoglm_elastic.snapshot.format import Box, Chunk, Manifest, chunk_nbytes, overlap, pack_path
 from autoglm_elastic.snapshot.packs import digest
+from autoglm_elastic.snapshot.stage import memory_of
 
 READ_S: Final = 3600.0
 """Bound of one load's reading, whatever its size: a disk that hangs longer than this is broken."""
@@ -45,7 +47,8 @@ class _Job:
 
 
 class PackReaders:
-    """The packs of a manifest, opened when first wanted, at most once each; sizes are checked against the manifest."""
+    """The packs of a manifest, opened when first wanted, at most once each; sizes are checked against the
+    manifest."""
 
     def __init__(self, blobs: StreamBlobs, manifest: Manifest) -> None:
         self._blobs, self._packs = blobs, manifest.packs
@@ -79,8 +82,8 @@ class PackReaders:
 
 
 def read_tensors(blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Target]) -> int:
-    """Fills every target. Returns the bytes read. Raises CorruptSnapshot for the first chunk that does not verify;
-    targets are partly overwritten then."""
+    """Fills every target. Returns the bytes read. Raises CorruptSnapshot for the first chunk that does not
+    verify; targets are partly overwritten then."""
     jobs = _jobs(manifest, targets)
     with PackReaders(blobs, manifest) as readers, torch.no_grad():
         for number in sorted({job.chunk.pack for job in jobs}):
@@ -131,7 +134,7 @@ def _run_all(readers: PackReaders, jobs: Sequence[_Job], threads: int) -> None:
 
     with ThreadPoolExecutor(threads, thread_name_prefix="autoglm-read") as pool:
         futures = [pool.submit(work) for _ in range(threads)]
-        done, late = wait(futures, timeout=READ_S, return_when=FIRST_EXCEPTION)
+        _, late = wait(futures, timeout=READ_S, return_when=FIRST_EXCEPTION)
         stop.set()
         wait(late, timeout=READ_S)
         for future in futures:
@@ -152,7 +155,7 @@ def _run(readers: PackReaders, job: _Job) -> None:
             and inside.is_contiguous()
             and not (inside.is_conj() or inside.is_neg())
         ):
-            read_chunk(reader, job.name, chunk, bytes_of(inside))
+            read_chunk(reader, job.name, chunk, memory_of(inside))
             return
     if nbytes > limits.CHUNK_READ_BYTES_MAX:
         raise CorruptSnapshot(
@@ -160,7 +163,7 @@ def _run(readers: PackReaders, job: _Job) -> None:
             valid=f"{limits.CHUNK_READ_BYTES_MAX}",
         )
     raw = torch.empty(nbytes, dtype=torch.uint8)
-    read_chunk(reader, job.name, chunk, memoryview(raw.numpy()))
+    read_chunk(reader, job.name, chunk, memory_of(raw))
     source = raw.view(BY_NAME[job.dtype].torch).view(chunk.sizes)
     for target, common in job.pieces:
         part(target.local, target.box, common).copy_(part(source, box, common))
@@ -173,13 +176,9 @@ def read_chunk(reader: BlobReader, name: str, chunk: Chunk, view: memoryview) ->
         raise CorruptSnapshot(f"{reader.name}: tensor {name} at {list(chunk.offsets)}: its digest differs")
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-
-
 def check_packs(blobs: StreamBlobs, manifest: Manifest, names: Mapping[str, object] | Iterable[str]) -> None:
-    """The packs of these tensors are there and of the right size: before memory of their declared size is allocated."""
+    """The packs of these tensors are there and of the right size: before memory of their declared size is
+    allocated."""
     with PackReaders(blobs, manifest) as readers:
         for number in sorted({chunk.pack for name in names for chunk in manifest.tensors[name].chunks}):
             readers[number]

@@ -1,8 +1,9 @@
-"""Staging: the only work that a snapshot does in the training thread. Copies this rank's boxes to host memory.
+"""Staging: the only work that a snapshot does in the training thread. Copies this rank's boxes to host
+memory.
 
-The copy is laid out as the packs' data will be, so that writing is one stream per pack. The memory is kept and used again
-by the next snapshot: in the steady state nothing is allocated and no page is touched for the first time.
-"""
+The copy is laid out as the packs' data will be, so that writing is one stream per pack. The memory is kept
+and used again by the next snapshot: in the steady state nothing is allocated and no page is touched for the
+first time."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Staged:
 
 
 class Arena:
-    """Host memory for one snapshot in flight. Not thread safe: its owner stages only when the last one is released."""
+    """Host memory for one snapshot in flight. Not thread safe: its owner stages only when the last one is
+    released."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -51,9 +53,15 @@ class Arena:
                     if part.nbytes:
                         raw = self._memory[base + start : base + start + part.nbytes]
                         copy_bits(raw, part.source, part.box[1])
-        whole = memoryview(self._memory.numpy())
+        whole = memory_of(self._memory)
         data = tuple(whole[base : base + plan.nbytes] for plan, base in zip(plans, bases, strict=True))
         return Staged(tuple(plans), data, layout.shapes, layout.tree, sum(plan.nbytes for plan in plans))
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def copy_bits(raw: torch.Tensor, source: torch.Tensor, sizes: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """The structure of a state as JSON: a closed set of types, in which tensors are named and nothing is code.
 
-JSON's own types stand for themselves. Everything else is an object with the one key "$" for its type and "v" for its
-value: tensor (a name), array (a name; numpy), tuple, dict (pairs; for keys that are not strings or begin with "$"),
-float (nan, inf, -inf), int (beyond 64 bits, as text), bytes (base64). Objects must offer `to_state()` or `state_dict()`.
-"""
+JSON's own types stand for themselves. Everything else is an object with the one key "$" for its type and "v"
+for its value: tensor (a name), array (a name; numpy), tuple, dict (pairs; for keys that are not strings or
+begin with "$"), float (nan, inf, -inf), int (beyond 64 bits, as text), bytes (base64). Objects must offer
+`to_state()` or `state_dict()`."""
 
 from __future__ import annotations
 
@@ -71,9 +71,10 @@ def encode(value: object, path: Path, name_tensor: Callable[[Path, torch.Tensor]
         return items if isinstance(value, list) else {"$": "tuple", "v": items}
     plain = to_plain(value)
     if plain is value:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UsageError(
-            f"state at {path_name(path) or 'the root'} is a {type(value).__module__}.{type(value).__qualname__}",
-            valid="tensors, numpy arrays, None, bool, int, float, str, bytes, and dicts, lists and tuples of them",
+            f"state at {path_name(path) or 'the root'} is a {kind}",
+            valid="tensors, numpy arrays, None, bool, int, float, str, bytes; dicts, lists, tuples of them",
             do="give it to_state() and from_state(state), or leave it out of the state",
         )
     return encode(plain, path, name_tensor)
@@ -234,7 +235,8 @@ def merge(one: Any, other: Any) -> Any:
 
 
 def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Leaves as torch.distributed.checkpoint sees them: dicts are always opened, lists and tuples if a tensor is inside."""
+    """Leaves as torch.distributed.checkpoint sees them: dicts are always opened, lists and tuples if a tensor
+    is inside."""
     inside = children(node)
     is_dict = isinstance(node, dict) and code_of(node) in (None, "dict")
     if inside is None or (path and not is_dict and not has_tensor(node)):

@@ -1,8 +1,8 @@
 """The transport of votes: a dedicated gloo process group, or nobody but oneself. Bytes only, nothing pickled.
 
-Messages are point-to-point with a tag per conversation, so that the training thread and the writer thread can each hold
-one over the same group. The group's owner breaks it when the world changes; everybody waiting here gets `VotesLost` then.
-"""
+Messages are point-to-point with a tag per conversation, so that the training thread and the writer thread can
+each hold one over the same group. The group's owner breaks it when the world changes; everybody waiting here
+gets `VotesLost` then."""
 
 from __future__ import annotations
 

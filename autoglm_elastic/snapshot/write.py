@@ -28,8 +28,8 @@ class Prepare:
         return cls(blobs, failpoint, [])
 
     def write(self, staged: Staged, *, list_all: bool) -> fmt.Prepared:
-        """All packs, durable. `list_all`: name every known tensor, also those of which this rank writes nothing, so
-        that the coordinator misses what nobody wrote. Raises ElasticError."""
+        """All packs, durable. `list_all`: name every known tensor, also those of which this rank writes
+        nothing, so that the coordinator misses what nobody wrote. Raises ElasticError."""
         for plan, data in zip(staged.plans, staged.data, strict=True):
             self.written.append(write_pack(self.blobs, plan, data))
             self.failpoint("pack_written")
@@ -47,7 +47,8 @@ class Prepare:
         return {name: fmt.Tensor(*staged.shapes[name], tuple(mine)) for name, mine in chunks.items()}
 
     def discard(self) -> None:
-        """The snapshot never happened: remove the packs that it brought. What cannot be removed stays as garbage."""
+        """The snapshot never happened: remove the packs that it brought. What cannot be removed stays as
+        garbage."""
         remove(self.blobs, (fmt.pack_path(one.pack.sha256) for one in self.written if one.created))
         self.written.clear()
 

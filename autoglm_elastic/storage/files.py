@@ -1,8 +1,7 @@
 """The system calls that `LocalBlobs` makes, each in one method.
 
-This is the seam at which tests record the order of file operations and make any of them fail. It decides nothing and
-translates no error.
-"""
+This is the seam at which tests record the order of file operations and make any of them fail. It decides
+nothing and translates no error."""
 
 from __future__ import annotations
 

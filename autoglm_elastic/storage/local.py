@@ -1,14 +1,16 @@
 """Blobs on a local (or POSIX) file system.
 
-A blob becomes visible only whole and durable: temporary name, fsync, link or rename, fsync of the directory. Reading
-follows no symbolic link below the root and never leaves it. After a failed fsync the file is abandoned, since the kernel
-may have marked its lost pages clean (`SyncFailed`: write the data anew under another name).
+A blob becomes visible only whole and durable: temporary name, fsync, link or rename, fsync of the directory.
+Reading follows no symbolic link below the root and never leaves it. After a failed fsync the file is
+abandoned, since the kernel may have marked its lost pages clean (`SyncFailed`: write the data anew under
+another name).
 
 This room knows nothing of snapshots; it must never overwrite a blob in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -77,7 +79,7 @@ class LocalReader:
     def read_into(self, offset: int, view: memoryview) -> None:
         if offset < 0 or offset + view.nbytes > self.nbytes:
             raise CorruptSnapshot(
-                f"{self._path} has {self.nbytes} bytes, but bytes {offset} to {offset + view.nbytes} are wanted"
+                f"{self._path} has {self.nbytes} bytes, but {view.nbytes} from {offset} are wanted"
             )
         done = 0
         while done < view.nbytes:
@@ -141,10 +143,8 @@ class LocalPending:
     def discard(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            try:
+            with contextlib.suppress(OSError):
                 self._files.close(fd)
-            except OSError:
-                pass
         self._blobs.forget(self.path)
 
 
@@ -173,10 +173,8 @@ class LocalBlobs:
 
     def forget(self, path: str) -> None:
         """Removes a temporary file if it is there; a left-over is swept by garbage collection."""
-        try:
+        with contextlib.suppress(OSError):
             self.files.unlink(path)
-        except OSError:
-            pass
 
     def ensure_parent(self, name: str) -> None:
         self._ensure_dir(os.path.dirname(self.path(name)))
