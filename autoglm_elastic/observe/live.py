@@ -54,15 +54,23 @@ class Tail:
         self._offset = 0
 
     def lines(self) -> list[bytes]:
+        """At most `READ_BYTES_MAX` of them; the rest comes with the next look."""
+        data = self._next()
+        self._offset += len(data)
+        return data.splitlines()
+
+    def pending(self) -> bool:
+        """Whether `lines` would give some now."""
+        return bool(self._next())
+
+    def _next(self) -> bytes:
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 data = file.read(READ_BYTES_MAX)
         except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.splitlines()
+            return b""
+        return data[: data.rfind(b"\n") + 1]
 
 
 class Follower:
@@ -85,6 +93,11 @@ class Follower:
             if metric is not None:
                 self.view.on_metric(metric)
         return messages
+
+    def read_all(self) -> None:
+        """Read up to the end of both files."""
+        while self._events.pending() or self._metrics.pending():
+            self.refresh()
 
 
 class Display(Protocol):

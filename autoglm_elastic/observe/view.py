@@ -56,6 +56,8 @@ class RunView:
     def __init__(self) -> None:
         self.tracker = StateTracker()
         self.started: float | None = None
+        self.wall_time = 0.0
+        """Of the newest line."""
         self.run_id = ""
         self.generation = 0
         self.step = -1
@@ -92,11 +94,13 @@ class RunView:
         """A committed step; one that is not newer than the newest is done again."""
         self.steps_redone += max(0, self.step - metric.step + 1)
         self.step, self.loss = metric.step, metric.loss
+        self.wall_time = max(self.wall_time, metric.wall_time)
         if metric.loss is not None:
             self.losses.append(metric.loss)
 
     def on_event(self, record: EventRecord) -> list[Message]:
         """The messages that this event is worth."""
+        self.wall_time = max(self.wall_time, record.wall_time)
         event = record.event()
         if event is None:
             return []

@@ -4,6 +4,6 @@ May touch: processes that it starts itself, by pid, and its own output folder. M
 it drives `autoglm-run` as a user does and knows of the run only what the run directory tells.
 """
 
-from autoglm_elastic.bench.demo.story import run
+from autoglm_elastic.bench.demo.story import STEPS, run
 
-__all__ = ["run"]
+__all__ = ["STEPS", "run"]

@@ -1,0 +1,202 @@
+"""`autoglm`: everything beside starting a job. Thin: parses, calls the room that knows, prints.
+
+May touch: standard output and error, the exit code. Must never: decide anything; import torch before a
+command that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from autoglm_elastic.errors import ElasticError, ExitCode
+
+app = typer.Typer(
+    name="autoglm",
+    help="Look at, check and try fault-tolerant training. Jobs are started with autoglm-run.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Benchmarks against torchrun, on this machine.")
+ckpt = typer.Typer(help="Snapshots of a run.")
+app.add_typer(bench, name="bench")
+app.add_typer(ckpt, name="ckpt")
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+
+
+_CommandLineError: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError, of the click that this typer brings or imports."""
+_SIGNAL_BASE = 128
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's). Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        result = app(arguments or ["--help"], prog_name="autoglm", standalone_mode=False)
+    except ElasticError as error:
+        print(f"autoglm: {error}", file=sys.stderr)
+        return error.exit_code
+    except _CommandLineError as error:
+        print(f"autoglm: {_one_line(error)}; do: autoglm --help", file=sys.stderr)
+        return ExitCode.USAGE
+    except (typer.Abort, KeyboardInterrupt):
+        print("autoglm: stopped by SIGINT", file=sys.stderr)
+        return _SIGNAL_BASE + signal.SIGINT
+    return result if isinstance(result, int) else ExitCode.DONE
+
+
+@app.command()
+def demo(
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of either run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for all files; default: under runs/.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the parameters and the order of samples.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the live view.")] = False,
+) -> int:
+    """Train a small GPT on 4 workers, kill a worker, kill an agent, and tell what it cost."""
+    from autoglm_elastic.bench import demo as room
+
+    return room.run(steps=steps or room.STEPS, out=out, seed=seed, plain=plain)
+
+
+@bench.command()
+def recovery(
+    kills: Annotated[int, typer.Option(help="Workers killed in each mode.")] = 20,
+    starts: Annotated[int, typer.Option(help="Jobs started under each launcher.")] = 5,
+    mode: Annotated[list[str] | None, typer.Option(help="Only this mode; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Show that it works; proves nothing.")] = False,
+) -> int:
+    """Kill workers under torchrun and under autoglm-run, and compare what it costs."""
+    from autoglm_elastic.bench import recovery as room
+
+    return room.main(kills, mode or None, out or room.OUT, starts=starts, quick=quick)
+
+
+@app.command()
+def report(
+    run: RunDir,
+    as_json: AsJson = False,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the loss curve with the incidents into FILE.")
+    ] = None,
+) -> None:
+    """What a run went through: incidents and their phases, goodput, snapshots."""
+    from autoglm_elastic.observe import events, metrics, plot, text
+    from autoglm_elastic.observe import report as room
+
+    told = room.build(run)
+    if png is not None:
+        plot.loss_curve(png, told, list(metrics.read(run / events.METRICS_NAME)))
+    _json(told) if as_json else _lines(text.lines(told))
+
+
+@app.command()
+def status(run: RunDir, as_json: AsJson = False) -> None:
+    """Where a run stands."""
+    from autoglm_elastic.observe import status as room
+
+    told = room.read(run)
+    _json(told) if as_json else _lines(room.lines(told))
+
+
+@ckpt.command("ls")
+def ckpt_ls(run: RunDir, as_json: AsJson = False) -> None:
+    """The committed snapshots of a run, oldest first."""
+    from autoglm_elastic.observe.text import size
+
+    entries = _manager(run).entries()
+    if as_json:
+        _json(entries)
+        return
+    for entry in entries:
+        when = datetime.fromtimestamp(entry.wall_time).strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{entry.name}  {when}  {size(entry.nbytes):>10}  {entry.tensors} tensors  {entry.kind}")
+    if not entries:
+        print("no snapshots")
+
+
+@ckpt.command("verify")
+def ckpt_verify(
+    run: RunDir,
+    entry: Annotated[str | None, typer.Argument(help="Name of a snapshot; default: all.")] = None,
+) -> int:
+    """Read every byte of a run's snapshots and check it. Exit code 1 when something does not verify."""
+    from autoglm_elastic.observe.text import count
+
+    manager = _manager(run)
+    names = [entry] if entry is not None else [known.name for known in manager.entries()]
+    problems = 0
+    for name in names:
+        found = manager.verify(name)
+        problems += len(found)
+        print(f"{name}: {count(len(found), 'problem') if found else 'every byte verifies'}")
+        _lines(f"  {problem}" for problem in found)
+    if not names:
+        print("no snapshots")
+    return ExitCode.FAILED if problems else ExitCode.DONE
+
+
+@app.command()
+def simulate(
+    seeds: Annotated[int, typer.Option(help="How many simulated jobs.")] = 1000,
+    seed: Annotated[int | None, typer.Option(help="Only this one: replays a failure.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of each job; default: by seed.")] = None,
+    plant: Annotated[str | None, typer.Option(help="Plant this bug, to see that it is found.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Print every event.")] = False,
+) -> int:
+    """Run the core against thousands of simulated faults and check the invariants."""
+    room: Any = importlib.import_module("autoglm_elastic.sim.cli")
+    return int(room.run_simulation(seeds=seeds, seed=seed, nodes=nodes, plant=plant, trace=trace))
+
+
+@app.command()
+def config(
+    file: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="One setting; repeatable.")
+    ] = None,
+) -> None:
+    """Print every setting with its value and where it came from; the output is a file for --config."""
+    from autoglm_elastic import settings
+
+    given = [settings.override(text) for text in overrides or ()]
+    print(settings.to_yaml(settings.explain(settings.load(file, os.environ, given))), end="")
+
+
+def _manager(run: Path) -> Any:
+    from autoglm_elastic.errors import UsageError
+    from autoglm_elastic.snapshot import CheckpointManager
+
+    if not run.is_dir():
+        raise UsageError(f"no run directory {run}", valid="what was given as autoglm-run --run-dir")
+    return CheckpointManager(run)
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(error.format_message().split()).rstrip(".")
+
+
+def _lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _json(told: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
