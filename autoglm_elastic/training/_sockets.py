@@ -1,0 +1,77 @@
+"""Which connected sockets of this process belong to a generation's groups, and how to break them.
+
+Gloo offers no abort: shutting its connections down is what frees a collective that waits for a dead or hanging
+peer. A listening socket is never touched: gloo's accept loop would end the process. Sockets are remembered with
+their inode and looked at again before use, because a number may have been closed and given to something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from typing import Final
+
+NEW_SOCKET_CHECK_S: Final = 0.01
+"""Sockets that appear cannot be watched: while groups are being built a breaker looks again this often."""
+
+
+def connected() -> dict[int, int]:
+    """Connected INET sockets of this process: descriptor → inode."""
+    found: dict[int, int] = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            fd = int(name)
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                if sock.family in (socket.AF_INET, socket.AF_INET6):
+                    sock.getpeername()
+                    found[fd] = os.fstat(sock.fileno()).st_ino
+    return found
+
+
+class BreakableSockets:
+    """The sockets opened between `begin` and `end`, on any thread. `shutdown` may come from another thread, at
+    any time, also in between."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._built = threading.Event()
+        self._before: dict[int, int] = {}
+        self._ours: dict[int, int] = {}
+        self._built.set()
+
+    def begin(self) -> None:
+        self._before = connected()
+        self._built.clear()
+
+    def end(self) -> None:
+        self._note()
+        self._built.set()
+
+    def shutdown(self, limit_s: float) -> None:
+        """Break all of them; while `begin … end` is under way go on with those that appear, at most `limit_s`."""
+        for _ in range(max(1, int(limit_s / NEW_SOCKET_CHECK_S))):
+            building = not self._built.is_set()
+            if building:
+                self._note()
+            self._shutdown_known()
+            if not building or self._built.wait(NEW_SOCKET_CHECK_S):
+                break
+        self._shutdown_known()
+
+    def _note(self) -> None:
+        now = connected()
+        with self._lock:
+            self._ours.update({fd: inode for fd, inode in now.items() if self._before.get(fd) != inode})
+
+    def _shutdown_known(self) -> None:
+        with self._lock:
+            ours = list(self._ours.items())
+        for fd, inode in ours:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+                if os.fstat(sock.fileno()).st_ino == inode:
+                    sock.shutdown(socket.SHUT_RDWR)

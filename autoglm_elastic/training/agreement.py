@@ -1,0 +1,135 @@
+"""The ranks of a new generation agree on what to resume from, through the generation's store.
+
+Every rank says what it holds; rank 0 plans (core/recovery.py), puts the lineage record, and tells everybody. Nothing
+here moves tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+
+from autoglm_elastic.core import recovery
+from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
+from autoglm_elastic.core.recovery import Holding, Plan
+from autoglm_elastic.errors import CorruptSnapshot, FencedError, PlatformError
+from autoglm_elastic.ports import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one rank brings along. `job`: seed and cursors; `seed`: of its torch; `names`: what it tracks;
+    `shards`: how many make up its sharded state."""
+
+    holding: Holding
+    job: dict[str, Any]
+    seed: int
+    names: tuple[str, ...] = ()
+    shards: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for a state
+    from disk its `entry` and `layouts`."""
+
+    plan: Plan
+    job: dict[str, Any]
+    names: frozenset[str] = frozenset()
+    entry: str | None = None
+    layouts: dict[str, Any] = field(default_factory=dict)
+
+
+class Stored:
+    """What the run directory offers, as the agreement needs it. This one is of a job without a run directory."""
+
+    def entries(self) -> list[EntryFact]:
+        return []
+
+    def records(self) -> list[GenerationRecord]:
+        return []
+
+    def open(self, entry: str) -> Mapping[str, Any]:
+        """{"job", "layouts"} of a snapshot, all of whose bytes verify. Raises CorruptSnapshot."""
+        raise CorruptSnapshot(f"no snapshot {entry}")
+
+    def put_generation(self, record: GenerationRecord) -> Outcome:
+        return Outcome.OK
+
+    def reject(self, entry: str, reason: str) -> None:
+        """A candidate did not verify."""
+
+
+def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, stored: Stored) -> Agreement:
+    """All ranks call it. Bounded by the store's timeout; raises torch.distributed.DistError past it."""
+    if world_size == 1:
+        return decide(world_size, generation, [held], stored)
+    if rank != 0:
+        store.set(f"have/{rank}", msgspec.json.encode(_to_json(held)))
+        return _from_json(msgspec.json.decode(store.get("plan")))
+    keys = [f"have/{other}" for other in range(1, world_size)]
+    others = [_held(msgspec.json.decode(data)) for data in store.multi_get(keys)]
+    agreement = decide(world_size, generation, [held, *others], stored)
+    told = asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
+    store.set("plan", msgspec.json.encode(told))
+    return agreement
+
+
+def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
+    """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
+    entries, records = stored.entries(), stored.records()
+    shards = max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
+    expected = frozenset(f"{shard}/{shards}" for shard in range(shards))
+    opened: Mapping[str, Any] = {}
+    entry = None
+    while True:
+        plan = recovery.plan(
+            world_size,
+            [h.holding for h in held],
+            entries,
+            records,
+            sharded_expected=expected,
+            live_shards=False,
+        )
+        if plan.tier != "disk":
+            break
+        entry, opened = _first_good(plan, stored)
+        if entry is not None:
+            break
+        entries = [fact for fact in entries if fact.name not in plan.entries]
+    outcome = stored.put_generation(plan.record(generation, entry))
+    if outcome is Outcome.CONFLICT:
+        raise FencedError(f"generation {generation} was recorded by somebody else: this one is stale")
+    if outcome is Outcome.UNKNOWN:
+        raise PlatformError(f"the record of generation {generation} could not be written", do="check the run directory")
+    if plan.tier == "live" and plan.source_rank is not None:
+        source = held[plan.source_rank]
+        return Agreement(plan, source.job, frozenset(source.names))
+    if plan.tier == "disk":
+        return Agreement(plan, dict(opened["job"]), entry=entry, layouts=dict(opened["layouts"]))
+    return Agreement(plan, {"seed": held[0].seed, "cursors": {}})
+
+
+def _first_good(plan: Plan, stored: Stored) -> tuple[str | None, Mapping[str, Any]]:
+    for entry in plan.entries:
+        try:
+            return entry, stored.open(entry)
+        except CorruptSnapshot as error:
+            stored.reject(entry, str(error))
+    return None, {}
+
+
+def _to_json(held: Held) -> dict[str, Any]:
+    return asdict(held)
+
+
+def _held(data: dict[str, Any]) -> Held:
+    return Held(Holding(**data["holding"]), data["job"], data["seed"], tuple(data["names"]), data["shards"])
+
+
+def _from_json(data: dict[str, Any]) -> Agreement:
+    names = frozenset(data["names"])
+    return Agreement(Plan.from_json(data["plan"]), data["job"], names, data["entry"], data["layouts"])

@@ -1,0 +1,120 @@
+"""The process groups of one generation: built, broken from another thread, dropped.
+
+The only room that creates or destroys process groups. Each generation gets a c10d store with no memory of an earlier
+one (the agent hosts a fresh one), so that an address of a dead peer can never be read. Breaking frees every collective
+that waits: gloo's connections are shut down (its own abort does nothing), NCCL's communicators are aborted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from autoglm_elastic.training._sockets import BreakableSockets
+
+STORE_CONNECT_S: Final = 60.0
+"""The agent's store listens before a world is announced; only a dead agent does not answer."""
+
+
+def backend_name() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+
+
+class Groups:
+    """`build`, then `store` and the default group are there; `close` undoes it.
+
+    Args:
+        generation: names the keys in the store.
+        rank, world_size: ours in it.
+        timeout_s: bound of building and of every collective.
+    """
+
+    def __init__(self, generation: int, rank: int, world_size: int, timeout_s: float) -> None:
+        self.generation = generation
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.store: Any = None
+        self._sockets = BreakableSockets()
+        self._ours = False
+        self._votes: Any = None
+
+    def connect(self, master_addr: str, master_port: int) -> None:
+        """A client of the generation's store. Raises torch.distributed.DistError when it does not answer."""
+        self._sockets.begin()
+        try:
+            client = dist.TCPStore(
+                master_addr,
+                master_port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=STORE_CONNECT_S),
+            )
+        finally:
+            self._sockets.end()
+        client.set_timeout(timedelta(seconds=self.timeout_s))
+        self.store = dist.PrefixStore(f"autoglm/{self.generation}", client)
+
+    def build(self) -> None:
+        """The default group over `store`; every rank of the generation calls it."""
+        self._sockets.begin()
+        try:
+            dist.init_process_group(
+                backend_name(),
+                store=dist.PrefixStore("groups", self.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=self.timeout_s),
+            )
+        finally:
+            self._sockets.end()
+        self._ours = True
+
+    def build_alone(self) -> None:
+        """A world of one without a launcher; a default group that the user made is used as it is."""
+        if not dist.is_initialized():
+            self.store = dist.HashStore()
+            self.build()
+        else:
+            self.store = dist.HashStore()
+
+    def build_from_environment(self) -> None:
+        """Under stock torchrun: the default group as anybody makes it, or the one that the user made."""
+        if not dist.is_initialized():
+            dist.init_process_group(backend_name(), timeout=timedelta(seconds=self.timeout_s))
+            self._ours = True
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.store = dist.PrefixStore("autoglm", dist.distributed_c10d._get_default_store())
+
+    def votes(self) -> Any:
+        """A second gloo group, for the snapshot thread only. Built at its first use: all ranks call at one boundary."""
+        if self._votes is None:
+            self._sockets.begin()
+            try:
+                self._votes = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+            finally:
+                self._sockets.end()
+        return self._votes
+
+    def break_(self) -> None:
+        """From any thread, any number of times: whoever waits in a collective or for the store gets an error."""
+        self._sockets.shutdown(self.timeout_s)
+        if torch.cuda.is_available() and dist.is_initialized():
+            for group in [dist.group.WORLD]:
+                with contextlib.suppress(RuntimeError, ValueError):
+                    group._get_backend(torch.device("cuda")).abort()
+
+    def close(self) -> list[Any]:
+        """Drop the groups. Returns what is left of them: destroying that takes some 15 ms a group, so the caller lets
+        go of it when training runs again."""
+        remains = [self._votes, dist.group.WORLD if self._ours else None, self.store]
+        self._votes = self.store = None
+        if self._ours and dist.is_initialized():
+            self._ours = False
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.destroy_process_group()
+        return remains

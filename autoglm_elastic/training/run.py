@@ -1,0 +1,39 @@
+"""`elastic.run`: the decorator around a training function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from autoglm_elastic.training.job import Job
+from autoglm_elastic.training.outcomes import MisuseError
+from autoglm_elastic.training.session import Session
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_session: Session | None = None
+_inside = False
+
+
+def run(function: Callable[Concatenate[Job, P], T]) -> Callable[P, T]:
+    """Enter `function(job, …)` again, in the same process, whenever the world changes.
+
+    Returns what the function returns. Its errors pass through; `WorldChanged` never does. Without a launcher the world
+    is this process, or what stock torchrun says.
+    """
+
+    @functools.wraps(function)
+    def entered(*args: P.args, **kwargs: P.kwargs) -> T:
+        global _session, _inside
+        if _inside:
+            raise MisuseError("elastic.run inside of elastic.run", valid="one training function at a time")
+        _session = _session or Session()
+        _inside = True
+        try:
+            return _session.execute(function, args, kwargs)
+        finally:
+            _inside = False
+
+    return entered

@@ -1,0 +1,442 @@
+"""What one worker process keeps from generation to generation, and the loop that enters them.
+
+Wait for a world, build its groups, agree on what to resume from, call the user's function; when the world is over,
+unwind and begin again. Only here a failed step is told from a user's error: an exception counts as the world's end
+when the generation is known, or within a grace becomes known, to be broken.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from autoglm_elastic import wire
+from autoglm_elastic.core.recovery import Holding
+from autoglm_elastic.core.split import Cursor
+from autoglm_elastic.errors import ExitCode, PlatformError
+from autoglm_elastic.observe.events import METRICS_NAME
+from autoglm_elastic.settings import Settings
+from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree
+from autoglm_elastic.training.control import SIGNALS_STOP, Control
+from autoglm_elastic.training.groups import Groups
+from autoglm_elastic.training.job import Job
+from autoglm_elastic.training.metrics import MetricWriter, as_number
+from autoglm_elastic.training.outcomes import MisuseError, WorldChanged
+from autoglm_elastic.training.reduce import BufferPool
+from autoglm_elastic.training.snapshots import Snapshots
+from autoglm_elastic.training.state import State
+
+T = TypeVar("T")
+
+GRACE_S_MIN: Final = 5.0
+"""A peer's death is often noticed here before the agent tells; for so long a failed collective waits to be explained."""
+
+WORLD_LIMIT_MARGIN_S: Final = 60.0
+"""Beyond the time in which the leader must have sealed a world or failed the job."""
+
+
+class Session:
+    """One per process. `elastic`: a launcher can give us another world."""
+
+    def __init__(self) -> None:
+        text = os.environ.get(wire.ENV_SETTINGS)
+        self.settings = Settings.from_json(text) if text else Settings()
+        run_dir = os.environ.get(wire.ENV_RUN_DIR)
+        self.run_dir = Path(run_dir) if run_dir else None
+        self._control = Control.connect()
+        board = os.environ.get(wire.ENV_BOARD_FD)
+        self._board = wire.Board(int(board)) if board else None
+        self.state = State()
+        self.pool = BufferPool()
+        self.cursors: dict[str, Cursor] = {}
+        self.seed = 0
+        self.seed_agreed = False
+        self._random = torch.get_rng_state()
+        self._initial_seed = torch.initial_seed()
+        self._shard = (0, 0)
+        self._loss = float("nan")
+        self._snapshot_step = -1
+        self._metrics: MetricWriter | None = None
+        self._snapshots: Snapshots | None = None
+        self._remains: list[Any] = []
+        self._generation = -1
+        self._signal = 0
+        self._phases_s: dict[str, float] = {}
+
+    @property
+    def elastic(self) -> bool:
+        return self._control is not None
+
+    # The loop.
+
+    def execute(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        """Enter `function(job, *args, **kwargs)` once for every world, until it returns."""
+        if self._control is not None:
+            self._control.send(wire.Hello(os.getpid()))
+        with self._signals():
+            while True:
+                world = self._next_world()
+                over, value = self._one_generation(world, function, args, kwargs)
+                if not over:
+                    return value  # type: ignore[return-value]  # it is the function's own value then
+
+    def _next_world(self) -> wire.World:
+        if self._control is None:
+            return _world_of_environment(self._generation + 1)
+        limit = self.settings.membership.join_timeout_s + WORLD_LIMIT_MARGIN_S
+        return self._control.wait_world(self._generation, limit)
+
+    def _one_generation(
+        self, world: wire.World, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bool, T | None]:
+        """(True, None) when the world is over, (False, value) when the function returned."""
+        sealed_at = time.monotonic()
+        if "unwound_at" in self._phases_s:
+            self._phases_s["seal"] = sealed_at - self._phases_s.pop("unwound_at")
+        self._generation = world.generation
+        self._note(wire.RankState.RECOVERING if self.state.step else wire.RankState.WAITING)
+        groups = Groups(world.generation, world.rank, world.world_size, self.settings.recovery.group_timeout_s)
+        job: Job | None = None
+        failed_at = 0.0
+        try:
+            if self._control is not None:
+                self._control.enter(world.generation, groups.break_)
+            world, agreement = self._enter(world, groups)
+            job = Job(self, world, agreement, self._snapshots, dict(self._phases_s))
+            value = function(job, *args, **kwargs)
+            self._finish(job, groups)
+            return False, value
+        except WorldChanged as changed:
+            failed_at = time.monotonic()
+            cause = changed.__cause__
+            if isinstance(cause, Exception) and not self._is_over(world, cause):
+                raise cause from None
+            _forget(changed)
+        except Exception as error:
+            failed_at = time.monotonic()
+            if not self._is_over(world, error):
+                raise
+            _forget(error)
+        finally:
+            self._unwind(job, groups, failed_at)
+        return True, None
+
+    def _enter(self, world: wire.World, groups: Groups) -> tuple[wire.World, Agreement]:
+        """Groups, agreement and state for a generation."""
+        started = time.monotonic()
+        if self._control is not None:
+            _set_environment(world)
+            groups.connect(world.master_addr, world.master_port)
+        elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            groups.build_from_environment()
+            world = msgspec.structs.replace(world, rank=groups.rank, world_size=groups.world_size)
+        else:
+            groups.build_alone()
+        connected = time.monotonic()
+        if self.run_dir is not None:
+            self._snapshots = Snapshots(
+                self.run_dir,
+                generation=world.generation,
+                rank=world.rank,
+                world_size=world.world_size,
+                settings=self.settings,
+                votes_group=groups.votes,
+                emit=self._emit,
+            )
+        if self._control is None:
+            world = self._number_without_launcher(world, groups)
+        stored = self._snapshots if self._snapshots is not None else Stored()
+        held = self._held(world)
+        agreement = agree(groups.store, world.rank, world.world_size, world.generation, held, stored)
+        planned = time.monotonic()
+        if self._control is not None:
+            groups.build()
+        built = time.monotonic()
+        self._phases_s |= {"group": (connected - started) + (built - planned), "plan": planned - connected}
+        self._begin(world, agreement)
+        return world, agreement
+
+    def _number_without_launcher(self, world: wire.World, groups: Groups) -> wire.World:
+        """Without a launcher nobody seals generations: the next number after those on record."""
+        if self._snapshots is None:
+            return world
+        if world.rank == 0:
+            number = max((record.number for record in self._snapshots.records()), default=-1) + 1
+            groups.store.set("number", str(number))
+        number = int(groups.store.get("number"))
+        self._generation = number
+        self._snapshots.close()
+        self._snapshots = Snapshots(
+            self._snapshots.run_dir,
+            generation=number,
+            rank=world.rank,
+            world_size=world.world_size,
+            settings=self.settings,
+            votes_group=groups.votes,
+            emit=self._emit,
+        )
+        return msgspec.structs.replace(world, generation=number)
+
+    def _held(self, world: wire.World) -> Held:
+        whole = self.state.holds
+        rank, size = self._shard
+        holding = Holding(
+            rank=world.rank,
+            node=f"{platform.node()}/{world.group_rank}",
+            generation=self.state.generation if whole else -1,
+            step=self.state.step if whole else -1,
+            complete=whole,
+            sharded=whole and self.state.sharded,
+            shard=f"{rank}/{size}",
+        )
+        return Held(holding, self.describe_job(), self._initial_seed, tuple(self.state.names), size)
+
+    def _begin(self, world: wire.World, agreement: Agreement) -> None:
+        plan = agreement.plan
+        load = None
+        if agreement.entry is not None and self._snapshots is not None:
+            load = self._snapshots.loader(agreement.entry)
+            self._snapshot_step = plan.step
+        self.state.begin(
+            plan, world.rank, names=agreement.names, layouts=agreement.layouts, load=load, generation=world.generation
+        )
+        self.seed = int(agreement.job["seed"])
+        self.seed_agreed = plan.tier != "fresh"
+        self.cursors = {name: Cursor(*numbers) for name, numbers in agreement.job["cursors"].items()}
+        self._shard = (world.rank, world.world_size)
+        if plan.tier == "fresh":
+            torch.set_rng_state(self._random)
+        if world.rank == 0:
+            self._emit(
+                "plan.decided",
+                {
+                    "generation": world.generation,
+                    "tier": plan.tier,
+                    "step": plan.step,
+                    "source_rank": plan.source_rank,
+                    "reason": plan.reason,
+                    "rejected": list(plan.rejected),
+                },
+            )
+            if self._metrics is None and self.run_dir is not None:
+                self._metrics = MetricWriter(self.run_dir / METRICS_NAME)
+        self._note(wire.RankState.RUNNING)
+
+    def _finish(self, job: Job, groups: Groups) -> None:
+        """The function returned here. Nobody is done before everybody is: a rank that dies now finds us ready to help.
+
+        Raises torch.distributed.DistError when a peer is lost meanwhile.
+        """
+        store = groups.store
+        if job.world > 1:
+            store.set(f"finished/{job.rank}", str(job.step))
+            if job.rank == 0:
+                steps = {int(s) for s in store.multi_get([f"finished/{rank}" for rank in range(job.world)])}
+                if len(steps) > 1:
+                    raise MisuseError(
+                        f"the function returned after different steps on different ranks: {sorted(steps)}",
+                        valid="all ranks commit the same number of steps",
+                    )
+                store.set("finish", "1" if job.needs_last_snapshot else "0")
+            job.finish(store.get("finish") == b"1")
+        else:
+            job.finish(job.needs_last_snapshot)
+        self._done(job, requeue=False)
+
+    def _done(self, job: Job, *, requeue: bool) -> None:
+        self._note(wire.RankState.DONE)
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._control is not None:
+            self._control.send(wire.Done(job.generation, job.step, requeue))
+
+    def _is_over(self, world: wire.World, error: BaseException) -> bool:
+        """Whether an exception is a consequence of the world's end rather than an error of the user's."""
+        control = self._control
+        if control is None:
+            return False
+        if control.why_broken(world.generation) is not None:
+            return True
+        if not _is_collective(error):
+            return False
+        if control.next_world(world.generation) is not None:
+            return True
+        return control.wait_broken(world.generation, max(GRACE_S_MIN, 3 * self.settings.membership.lease_s))
+
+    def _unwind(self, job: Job | None, groups: Groups, failed_at: float) -> None:
+        told_at = self._control.told_at() if self._control is not None else 0.0
+        if self._control is not None:
+            self._control.leave()
+            groups.break_()
+        if job is not None:
+            job.close()
+        self.state.leave()
+        if self._snapshots is not None:
+            self._snapshots.close()
+            self._snapshots = None
+        self._remains += groups.close()
+        self._note(wire.RankState.WAITING)
+        now = time.monotonic()
+        since = min(failed_at, told_at) if 0.0 < told_at and now - told_at < failed_at else failed_at
+        self._phases_s = {"unwind": max(0.0, now - since), "unwound_at": now} if failed_at else {}
+        if self._control is not None and failed_at:
+            self._control.send(wire.Unwound(groups.generation))
+
+    # What a job asks of us.
+
+    def why_broken(self, generation: int) -> str | None:
+        return None if self._control is None else self._control.why_broken(generation)
+
+    def next_world(self, generation: int) -> bool:
+        return self._control is not None and self._control.next_world(generation) is not None
+
+    def stop_signal(self) -> int | None:
+        """The signal that asks us to stop, or None."""
+        if self._signal:
+            return self._signal
+        stop = self._control.stop if self._control is not None else None
+        return stop.signal if stop is not None else None
+
+    def describe_job(self) -> dict[str, Any]:
+        cursors = {name: [cursor.epoch, cursor.sample, cursor.seed] for name, cursor in self.cursors.items()}
+        return {"seed": self.seed, "cursors": cursors}
+
+    def note_commit(self, job: Job, values: dict[str, Any]) -> None:
+        if "loss" in values and job.device.type == "cpu":
+            self._loss = as_number(values["loss"]) or float("nan")
+        if self._snapshots is not None:
+            self._snapshots.collect()
+            self._snapshot_step = max(self._snapshot_step, self._snapshots.committed_step)
+        self._note(wire.RankState.RUNNING)
+        if self._metrics is not None and job.rank == 0:
+            self._metrics.write(job.step, job.generation, job.world, values)
+
+    def note_resumed(self, job: Job, phases_s: dict[str, float]) -> None:
+        """The first committed step of a generation. What is left of the old groups is let go now."""
+        if self._control is not None:
+            plan = job.plan
+            self._control.send(
+                wire.Resumed(
+                    generation=job.generation,
+                    step=job.step,
+                    from_step=plan.step,
+                    tier=plan.tier,
+                    reason=plan.reason,
+                    wall_time=time.time(),
+                    phases_s=phases_s,
+                )
+            )
+        self._remains.clear()
+
+    def stop(self, job: Job, durable: bool) -> None:
+        """Leave as agreed. Raises SystemExit: 75 with a durable snapshot, else 128 + signal."""
+        number = self.stop_signal() or signal.SIGTERM
+        self._done(job, requeue=durable)
+        raise SystemExit(int(ExitCode.REQUEUE) if durable else 128 + number)
+
+    def _emit(self, name: str, fields: dict[str, Any]) -> None:
+        if self._control is not None:
+            self._control.send(wire.Event(name, fields))
+
+    def _note(self, state: wire.RankState) -> None:
+        if self._board is not None:
+            step = self.state.step or -1
+            self._board.write(
+                wire.BoardNote(
+                    os.getpid(), state, self._generation, step, self._snapshot_step, self._loss, time.time()
+                )
+            )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR1, SIGUSR2 ask for an agreed stop; the second one acts as if we did not exist."""
+
+        def on_signal(number: int, _frame: object) -> None:
+            if self._signal:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._signal = number
+            if self._control is not None and self._control.waiting:
+                raise SystemExit(128 + number)
+
+        before = {number: signal.signal(number, on_signal) for number in SIGNALS_STOP}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _world_of_environment(generation: int) -> wire.World:
+    """As stock torchrun says, or a world of one."""
+    get = os.environ.get
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        rank, size = 0, 1
+    else:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return wire.World(
+        generation=generation,
+        parent=generation - 1,
+        rank=rank,
+        world_size=size,
+        local_rank=int(get("LOCAL_RANK", "0")),
+        local_world_size=int(get("LOCAL_WORLD_SIZE", "1")),
+        group_rank=int(get("GROUP_RANK", "0")),
+        group_world_size=int(get("GROUP_WORLD_SIZE", "1")),
+        role_rank=int(get("ROLE_RANK", str(rank))),
+        role_world_size=int(get("ROLE_WORLD_SIZE", str(size))),
+        master_addr=get("MASTER_ADDR", ""),
+        master_port=int(get("MASTER_PORT", "0")),
+        restart_count=int(get("TORCHELASTIC_RESTART_COUNT", "0")),
+        planned=False,
+        reason="started without autoglm-run",
+    )
+
+
+def _set_environment(world: wire.World) -> None:
+    """What torchrun's workers find in their environment, for this world."""
+    os.environ |= {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.world_size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_WORLD_SIZE": str(world.local_world_size),
+        "GROUP_RANK": str(world.group_rank),
+        "GROUP_WORLD_SIZE": str(world.group_world_size),
+        "ROLE_RANK": str(world.role_rank),
+        "ROLE_WORLD_SIZE": str(world.role_world_size),
+        "MASTER_ADDR": world.master_addr,
+        "MASTER_PORT": str(world.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(world.restart_count),
+        wire.ENV_GENERATION: str(world.generation),
+    }
+
+
+def _is_collective(error: BaseException) -> bool:
+    """Whether an error, or what led to it, came out of a collective or the c10d store."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (dist.DistError, PlatformError)) or "gloo" in str(seen).lower():
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _forget(error: BaseException) -> None:
+    """Let go of what the user's frames hold: models, optimizers, activations."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__

@@ -1,0 +1,127 @@
+"""Training functions for the tests, run in workers of the harness. Each reports what it does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from typing import Any
+
+import torch
+from torch import nn
+
+import autoglm_elastic as elastic
+
+_report: socket.socket | None = None
+
+
+def say(**what: Any) -> None:
+    if _report is not None:
+        _report.send(json.dumps(what).encode())
+
+
+def stop_here(**what: Any) -> None:
+    """Say so, then wait to be killed."""
+    say(**what)
+    while True:
+        signal_pause()
+
+
+def signal_pause() -> None:
+    import signal
+
+    signal.pause()
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha256 = hashlib.sha256()
+    for name in sorted(tensors):
+        sha256.update(name.encode())
+        sha256.update(tensors[name].detach().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+def main(name: str, args: dict[str, Any]) -> None:
+    global _report
+    if "TEST_REPORT_FD" in os.environ:
+        _report = socket.socket(fileno=int(os.environ["TEST_REPORT_FD"]))
+    globals()[name](**args)
+
+
+class Regression(torch.utils.data.Dataset):
+    """(index, x, y): deterministic."""
+
+    def __init__(self, size: int, width: int = 8) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(size, width, generator=generator)
+        self.y = self.x.sin().sum(1, keepdim=True)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        return index, self.x[index], self.y[index]
+
+
+def train(
+    steps: int,
+    die: dict[str, int] | None = None,
+    batch: int = 8,
+    size: int = 64,
+    dropout: float = 0.0,
+    scheduler: bool = False,
+    norm: bool = False,
+    hold_at: int | None = None,
+) -> None:
+    """A small regression. `die`: {"rank", "step", "pid"?}: that rank stops in the middle of that step, once."""
+    data = Regression(size)
+    entered = 0
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        nonlocal entered
+        entered += 1
+        torch.manual_seed(7)
+        layers = [nn.Linear(8, 16), nn.Tanh()]
+        if norm:
+            layers.append(nn.BatchNorm1d(16))
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        model = job.replicate(nn.Sequential(*layers, nn.Linear(16, 1)))
+        optim = torch.optim.AdamW(model.parameters(), lr=0.01)
+        tracked: dict[str, Any] = {"model": model, "optim": optim}
+        if scheduler:
+            tracked["scheduler"] = torch.optim.lr_scheduler.StepLR(optim, 2, gamma=0.7)
+        job.track(**tracked)
+        say(entered=entered, generation=job.generation, rank=job.rank, world=job.world, step=job.step, tier=job.tier)
+        for index, x, y in job.batches(data, batch, epochs=1000):
+            if job.step >= steps:
+                break
+            if hold_at == job.step and entered == 1:
+                stop_here(holding=job.step)
+            loss = (model(x) - y).pow(2).mean()
+            if die and entered == 1 and job.generation == die.get("generation", 0):
+                if (job.rank, job.step) == (die["rank"], die["step"]):
+                    stop_here(dying=job.step)
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+            if scheduler:
+                tracked["scheduler"].step()
+            job.commit(loss=loss)
+            say(committed=job.step, indices=index.tolist(), generation=job.generation, loss=float(loss))
+        state = {name: tensor for name, tensor in model.state_dict().items()}
+        moments = {f"{i}.{k}": v for i, s in enumerate(optim.state.values()) for k, v in s.items()}
+        say(
+            result={
+                "digest": digest(state | moments),
+                "step": job.step,
+                "entered": entered,
+                "pid": os.getpid(),
+                "weights": [float(p.double().sum()) for p in model.parameters()],
+                "lr": optim.param_groups[0]["lr"],
+            }
+        )
+
+    function()
