@@ -1,6 +1,7 @@
 """Snapshots: whole or absent, verified, in a format that stock tools open (docs/format.md)."""
 
 from autoglm_elastic.snapshot.commit import SaveResult
+from autoglm_elastic.snapshot.dcp import SafetensorsReader, SafetensorsWriter
 from autoglm_elastic.snapshot.format import CatalogEntry
 from autoglm_elastic.snapshot.load import LoadReport
 from autoglm_elastic.snapshot.manager import CheckpointManager, Handle
@@ -14,6 +15,8 @@ __all__ = [
     "Handle",
     "LoadReport",
     "Problem",
+    "SafetensorsReader",
+    "SafetensorsWriter",
     "SaveResult",
     "SingleVotes",
 ]

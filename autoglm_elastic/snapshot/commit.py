@@ -1,28 +1,26 @@
-"""Drives one snapshot through the two-phase commit: runs the effects of `core.commit`'s machines, nothing
-else.
+"""One rank's half of a commit: runs the effects of `core.commit.Participant`; on rank 0 it calls the
+coordinator's.
 
-Order matters and is decided in the core; this room executes: packs, vote, manifest, entry (the commit),
-hints. It may touch the run directory and the votes' transport. It must never raise what a snapshot's failure
-is into training."""
+It may touch the run directory and the votes' transport. It must never raise what a snapshot's failure is.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
 from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote
-from autoglm_elastic.errors import CorruptSnapshot, ElasticError
-from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
+from autoglm_elastic.errors import ElasticError
+from autoglm_elastic.ports import StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot import format as fmt
 from autoglm_elastic.snapshot import limits
 from autoglm_elastic.snapshot.catalog import Catalog
+from autoglm_elastic.snapshot.decide import Decide, Request
 from autoglm_elastic.snapshot.failpoints import Failpoints
-from autoglm_elastic.snapshot.merge import merge
 from autoglm_elastic.snapshot.stage import Staged
 from autoglm_elastic.snapshot.write import Prepare
 
@@ -34,17 +32,6 @@ class SaveResult:
     committed: bool
     entry: str | None
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a snapshot is to be called. Only rank 0's counts."""
-
-    snapshot: Snapshot
-    kind: str = "full"
-    metrics: dict[str, float] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-    config_digest: str | None = None
 
 
 class _Ballot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,7 +76,6 @@ class Commit:
         self._failpoint, self._wall = failpoint, wall
         self._prepare = Prepare.begin(blobs, failpoint)
         self._participant = core.Participant(self._snapshot.generation)
-        self._entry: fmt.CatalogEntry | None = None
         self._detail = ""
         self._ruling: tuple[Verdict, str] | None = None
         self._events: deque[core.ParticipantEvent] = deque()
@@ -175,21 +161,23 @@ class Commit:
             self._events.append(core.PeerLost(str(error)))
 
     def _coordinate(self, own: bytes) -> None:
-        machine = core.Coordinator(self._snapshot.generation, self._votes.world_size)
-        events: deque[core.CoordinatorEvent] = deque([core.Trigger(self._snapshot)])
+        heard: list[core.VoteFrom | core.PeerLost]
         try:
             ballots = self._votes.gather(own) or []
             self._failpoint("votes_gathered")
-            events.extend(self._ballot(rank, ballot) for rank, ballot in enumerate(ballots))
+            heard = [self._ballot(rank, ballot) for rank, ballot in enumerate(ballots)]
         except (VotesLost, msgspec.MsgspecError, ValueError) as error:
-            events.append(core.PeerLost(str(error)))
-        events.append(core.Timeout(self._snapshot))  # ends what a missing or foreign ballot left open
-        while events:
-            machine, effects = machine.step(events.popleft())
-            for effect in effects:
-                answer = self._execute(effect)
-                if answer is not None:
-                    events.appendleft(answer)
+            heard = [core.PeerLost(str(error))]
+        decide = Decide(
+            self._blobs,
+            self._catalog,
+            self._request,
+            announce=self._announce,
+            failpoint=self._failpoint,
+            wall=self._wall,
+        )
+        decide.run(self._votes.world_size, heard)
+        self.nbytes = decide.nbytes
 
     def _ballot(self, rank: int, ballot: bytes) -> core.VoteFrom:
         head, _, payload = ballot.partition(b"\n")
@@ -198,93 +186,13 @@ class Commit:
             rank, Snapshot(vote.step, vote.generation), Vote(vote.vote), payload, vote.reason
         )
 
-    def _execute(self, effect: core.CoordinatorEffect) -> core.CoordinatorEvent | None:
-        match effect:
-            case core.WriteManifest():
-                outcome = self._write_manifest(effect.payloads)
-                self._failpoint("manifest_written")
-                return core.ManifestWritten(self._snapshot, outcome)
-            case core.PutEntry():
-                outcome = self._put_entry()
-                self._failpoint("entry_put")
-                return core.EntryPut(self._snapshot, outcome)
-            case core.ReadEntry():
-                present = None if self._entry is None else self._catalog.entry_present(self._entry)
-                return core.EntryRead(self._snapshot, present)
-            case core.MoveHints():
-                moved = self._catalog.move_hints()
-                self._failpoint("hints_moved")
-                return core.HintsMoved(self._snapshot, moved)
-            case core.Announce():
-                self._announce(effect)
-        return None
-
-    def _write_manifest(self, payloads: tuple[bytes, ...]) -> Outcome:
-        request, snapshot = self._request, self._snapshot
-        try:
-            prepared = [
-                fmt.decode(payload, fmt.Prepared, f"the vote of rank {rank}")
-                for rank, payload in enumerate(payloads)
-            ]
-            manifest = merge(
-                prepared,
-                step=snapshot.step,
-                generation=snapshot.generation,
-                config_digest=request.config_digest,
-            )
-            fmt.check_manifest(manifest, "the state as the ranks gave it")
-            data = fmt.encode(manifest)
-            if len(data) > limits.MANIFEST_BYTES_MAX:
-                raise CorruptSnapshot(
-                    f"a manifest of {len(data)} bytes", valid=f"at most {limits.MANIFEST_BYTES_MAX}"
-                )
-            sha256 = hashlib.sha256(data).hexdigest()
-            self.nbytes = sum(pack.nbytes for pack in manifest.packs)
-            parent = self._catalog.newest()
-            self._entry = fmt.CatalogEntry(
-                format=limits.FORMAT_NAME,
-                version=limits.FORMAT_VERSION,
-                name=snapshot.entry,
-                step=snapshot.step,
-                generation=snapshot.generation,
-                manifest=sha256,
-                manifest_bytes=len(data),
-                kind=request.kind,
-                nbytes=self.nbytes,
-                tensors=len(manifest.tensors),
-                world_size=manifest.world_size,
-                wall_time=self._wall(),
-                parent=parent.name if parent else None,
-                metrics=request.metrics,
-                tags=request.tags,
-                config_digest=request.config_digest,
-            )
-            entry_nbytes = len(fmt.encode(self._entry))
-            if entry_nbytes > limits.ENTRY_BYTES_MAX:
-                raise CorruptSnapshot(f"metrics and tags of {entry_nbytes} bytes")
-            return self._blobs.put_if_absent(fmt.manifest_path(sha256), data)
-        except ElasticError as error:
-            self._detail = str(error)
-            return Outcome.UNKNOWN
-
-    def _put_entry(self) -> Outcome:
-        if self._entry is None:
-            return Outcome.UNKNOWN
-        try:
-            return self._blobs.put_if_absent(fmt.entry_path(self._entry.name), fmt.encode(self._entry))
-        except ElasticError as error:
-            self._detail = str(error)
-            return Outcome.UNKNOWN
-
-    def _announce(self, effect: core.Announce) -> None:
-        reason = f"{effect.reason}: {self._detail}" if effect.reason and self._detail else effect.reason
-        self._ruling = (effect.verdict, reason)
-        ruling = _Ruling(self._snapshot.step, self._snapshot.generation, effect.verdict.value, reason)
+    def _announce(self, verdict: Verdict, reason: str) -> None:
+        self._ruling = (verdict, reason)
+        ruling = _Ruling(self._snapshot.step, self._snapshot.generation, verdict.value, reason)
         try:
             self._votes.broadcast(msgspec.json.encode(ruling))
         except VotesLost as error:
-            self._detail = self._detail or str(error)
-        self._failpoint("announced")
+            self._detail = str(error)
 
     def _result(self, released: bool) -> SaveResult:
         """A ruling, or what reading settles: a rank that voted and heard nothing looks whether the entry is

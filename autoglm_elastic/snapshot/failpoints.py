@@ -10,17 +10,18 @@ from typing import Final
 
 POINTS: Final = (
     "staged",
+    "pack_written",
     "packs_written",
     "vote_sent",
     "votes_gathered",
     "manifest_written",
     "entry_put",
-    "hints_moved",
     "announced",
+    "hints_moved",
     "decided",
 )
-"""In the order in which they are passed; `vote_sent` and `decided` on every rank, what lies between on rank
-0."""
+"""In the order in which they are passed: `vote_sent` not on rank 0, `votes_gathered` to `hints_moved` only
+there, the others on every rank."""
 
 Failpoints = Callable[[str], None]
 

@@ -124,14 +124,18 @@ class _Loader:
         if inside is None:
             return self._absent(target, path, node)
         places: dict[Any, Finish] = {}
+        asked = set()
         for key, item in target.items():
             at = (*path, key if isinstance(key, str | int) else repr(key))
-            if key in inside:
-                places[key] = self.match(item, inside[key], at)
+            # torch.distributed.checkpoint writes every key as text.
+            stored = str(key) if isinstance(key, int) and key not in inside else key
+            if stored in inside:
+                asked.add(stored)
+                places[key] = self.match(item, inside[stored], at)
             else:
                 self._note_missing(item, at)
         for key in inside:
-            if key not in target:
+            if key not in asked:
                 self.unexpected.append(
                     tree.path_name((*path, key if isinstance(key, str | int) else repr(key)))
                 )

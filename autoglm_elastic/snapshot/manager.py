@@ -14,13 +14,14 @@ from time import monotonic
 from typing import Any, Final
 
 from autoglm_elastic.coordination.clock import SystemClock
-from autoglm_elastic.core.commit import CoalescingTrigger, Snapshot
+from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot import failpoints, limits
 from autoglm_elastic.snapshot.catalog import Catalog, OnEvent, no_event
-from autoglm_elastic.snapshot.commit import Commit, Request, SaveResult
+from autoglm_elastic.snapshot.commit import Commit, SaveResult
+from autoglm_elastic.snapshot.decide import Request
 from autoglm_elastic.snapshot.failpoints import Failpoints
 from autoglm_elastic.snapshot.format import CatalogEntry
 from autoglm_elastic.snapshot.layout import lay_out
@@ -112,7 +113,6 @@ class CheckpointManager:
         self._catalog = Catalog(self._blobs, self._on_event)
         self._wall = SystemClock().wall
         self._arena = Arena()
-        self._trigger = CoalescingTrigger()
         self._changed = threading.Condition()
         self._job: _Job | None = None
         self._busy = False
@@ -165,7 +165,7 @@ class CheckpointManager:
         request = Request(
             Snapshot(step, self._generation),
             kind,
-            {key: float(value) for key, value in (metrics or {}).items() if math.isfinite(value)},
+            {key: float(number) for key, number in (metrics or {}).items() if math.isfinite(number)},
             tuple(tags),
             config_digest,
         )
@@ -184,15 +184,13 @@ class CheckpointManager:
             if self._closed:
                 return "the manager is closed"
             if self._rank == 0 and not agreed:
-                self._trigger, go = self._trigger.request()
+                go = not self._busy
         if not agreed and self._world_size > 1:
             try:
                 word = self._votes.channel(_TRIGGERS).broadcast(b"go" if go else b"no")
             except VotesLost as error:
-                self._count_failure(str(error))
                 with self._changed:
-                    if self._rank == 0 and go:
-                        self._trigger, _ = self._trigger.settled()
+                    self.counts.failed += 1
                 return str(error)
             go = word == b"go"
         if not go:
@@ -200,15 +198,11 @@ class CheckpointManager:
                 self.counts.coalesced += 1
             return "coalesced: another snapshot is in flight"
         with self._changed:
-            # Rank 0 has decided the last one before it asks for this; here its decision can only be on the way.
+            # Rank 0 decided the last one before it asked for this: its decision can only be on the way.
             if not self._changed.wait_for(lambda: not self._busy, timeout=limits.CLOSE_S):
                 return f"the snapshot before was not decided within {limits.CLOSE_S} s"
             self._busy = True
         return ""
-
-    def _count_failure(self, reason: str) -> None:
-        with self._changed:
-            self.counts.failed += 1
 
     def _work(self) -> None:
         while True:
@@ -225,8 +219,6 @@ class CheckpointManager:
                 with self._changed:
                     self._job = None
                     self._busy = False
-                    if self._trigger.in_flight:
-                        self._trigger = CoalescingTrigger(coalesced=self._trigger.coalesced)
                     if result.committed:
                         self.counts.committed += 1
                     else:

@@ -15,7 +15,12 @@ from autoglm_elastic.snapshot import limits, tree
 
 
 def merge(
-    prepared: Sequence[fmt.Prepared], *, step: int, generation: int, config_digest: str | None
+    prepared: Sequence[fmt.Prepared],
+    *,
+    step: int,
+    generation: int,
+    world_size: int,
+    config_digest: str | None,
 ) -> fmt.Manifest:
     """Packs numbered through, a box that several ranks wrote kept once, structures united.
 
@@ -47,7 +52,7 @@ def merge(
         version=limits.FORMAT_VERSION,
         step=step,
         generation=generation,
-        world_size=len(prepared),
+        world_size=world_size,
         packs=tuple(by_number[number] for number in used),
         tensors={
             name: fmt.Tensor(

@@ -243,7 +243,7 @@ def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, node
         return
     for key, item in inside.items():
-        yield from leaves(item, (*path, key if isinstance(key, str | int) else repr(key)))
+        yield from leaves(item, (*path, str(key) if is_dict else key))
 
 
 def has_tensor(node: Any) -> bool:

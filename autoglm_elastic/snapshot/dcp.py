@@ -1,0 +1,377 @@
+"""torch.distributed.checkpoint over the same format: `dcp.save(state,
+storage_writer=SafetensorsWriter(run_dir))`.
+
+Packs, manifest and catalog are those of CheckpointManager, so either reads what the other wrote. What the
+plans say of dtypes and shapes may be stale (torch caches plans by class name), so everything is taken from
+the data written, and nothing that differs between snapshots lies in a plan. Non-tensor values are JSON, here
+too: torch's planners would pickle them, so they are taken from, and put into, the planner's state directly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from autoglm_elastic.coordination.clock import SystemClock
+from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
+from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
+from autoglm_elastic.snapshot import failpoints, limits, tree
+from autoglm_elastic.snapshot import format as fmt
+from autoglm_elastic.snapshot.boxes import placed
+from autoglm_elastic.snapshot.catalog import Catalog
+from autoglm_elastic.snapshot.decide import Decide, Request
+from autoglm_elastic.snapshot.dtypes import BY_NAME
+from autoglm_elastic.snapshot.layout import Layout, parts_of
+from autoglm_elastic.snapshot.merge import merge
+from autoglm_elastic.snapshot.read import Target, check_packs, read_tensors
+from autoglm_elastic.snapshot.stage import Arena
+from autoglm_elastic.snapshot.write import Prepare
+from autoglm_elastic.storage import LocalBlobs
+
+_PathLike = str | os.PathLike[str]
+
+
+class SafetensorsWriter(StorageWriter):
+    """A StorageWriter that commits a snapshot to a run directory.
+
+    Args:
+        path: the run directory; or give `checkpoint_id` to dcp.save.
+        step: of the snapshot; None for one more than the newest in the catalog.
+        generation: of the snapshot.
+        metrics, tags: for the catalog.
+    """
+
+    def __init__(
+        self,
+        path: _PathLike | None = None,
+        *,
+        step: int | None = None,
+        generation: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
+        self.checkpoint_id: _PathLike | None = path
+        self._step, self._generation = step, generation
+        self._metrics, self._tags = dict(metrics or {}), tuple(tags)
+        self.entry: str | None = None
+        """The name of the snapshot that was committed last; on the coordinator."""
+
+    def reset(self, checkpoint_id: _PathLike | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self.entry = None
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        _blobs(self.checkpoint_id)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Durable packs when this returns. The first result carries this rank's chunk table."""
+        layout = Layout(tree={})
+        for item in plan.items:
+            if item.type is WriteItemType.BYTE_IO:
+                self._lay_out_value(item, planner, layout)
+            else:
+                self._lay_out_tensor(item, planner, layout)
+        prepare = Prepare.begin(_blobs(self.checkpoint_id), failpoints.none)
+        try:
+            table = fmt.encode(prepare.write(Arena().stage(layout), list_all=False))
+        except BaseException:
+            prepare.discard()
+            raise
+        results = [
+            WriteResult(item.index, item.tensor_storage_size() or 0, table if number == 0 else None)
+            for number, item in enumerate(plan.items)
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _lay_out_tensor(self, item: WriteItem, planner: SavePlanner, layout: Layout) -> None:
+        name = item.index.fqn
+        data = planner.resolve_data(item)
+        if not isinstance(data, torch.Tensor) or item.tensor_data is None:
+            raise UsageError(f"{name} is planned as a tensor, but is a {type(data).__name__}")
+        where = placed(data, name)
+        box = (tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+        shape = tuple(item.tensor_data.size)
+        if where.shape != box[1]:
+            raise UsageError(
+                f"the plan says that a part of {name} is {list(box[1])}, but it is {list(where.shape)}",
+                do="turn the planner's plan caching off",
+            )
+        layout.shapes[name] = (where.dtype.name, shape)
+        layout.parts.extend(parts_of(name, where.dtype, shape, box, where.local))
+
+    def _lay_out_value(self, item: WriteItem, planner: SavePlanner, layout: Layout) -> None:
+        name = item.index.fqn
+        if not isinstance(planner, DefaultSavePlanner):
+            raise UsageError(
+                f"{name} is no tensor", valid="a DefaultSavePlanner, or only tensors in the state"
+            )
+
+        def name_array(path: tree.Path, array: torch.Tensor) -> str:
+            where = placed(array, tree.path_name(path))
+            inner = tree.path_name(path)
+            layout.shapes[inner] = (where.dtype.name, where.shape)
+            layout.parts.extend(parts_of(inner, where.dtype, where.shape, where.box, where.local))
+            return inner
+
+        layout.tree[name] = tree.encode(planner.lookup_object(item.index), (name,), name_array)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator: manifest, catalog entry (the commit), hints. Raises PlatformError when not
+        committed."""
+        blobs = _blobs(self.checkpoint_id)
+        catalog = Catalog(blobs)
+        step = self._step
+        if step is None:
+            step = max((entry.step for entry in catalog.entries()), default=-1) + 1
+        snapshot = Snapshot(step, self._generation)
+        if snapshot.entry in catalog.names():
+            raise UsageError(f"snapshot {snapshot.entry} is already in the catalog", do="give another step")
+        whole = self._whole(metadata, results, snapshot)
+        ruling: list[tuple[Verdict, str]] = []
+        decide = Decide(
+            blobs,
+            catalog,
+            Request(snapshot, "full", self._metrics, self._tags, world_size=len(results)),
+            announce=lambda verdict, reason: ruling.append((verdict, reason)),
+            failpoint=failpoints.none,
+            wall=SystemClock().wall,
+        )
+        decide.run(1, [VoteFrom(0, snapshot, Vote.PREPARED, fmt.encode(whole))])
+        if not ruling or ruling[0][0] is not Verdict.COMMIT:
+            reason = ruling[0][1] if ruling else "undecided"
+            raise PlatformError(f"snapshot {snapshot.entry} was not committed: {reason}")
+        self.entry = snapshot.entry
+
+    def _whole(
+        self, metadata: Metadata, results: list[list[WriteResult]], snapshot: Snapshot
+    ) -> fmt.Prepared:
+        """The ranks' tables as one, with the state's structure as the planner knows it."""
+        tables = [row.storage_data for rows in results for row in rows if row.storage_data is not None]
+        if len(tables) > limits.TENSORS_MAX or not all(isinstance(table, bytes) for table in tables):
+            raise CorruptSnapshot("a rank's write results have the wrong form")
+        prepared = [
+            fmt.decode(table, fmt.Prepared, f"the table of rank {rank}") for rank, table in enumerate(tables)
+        ]
+        merged = merge(
+            prepared,
+            step=snapshot.step,
+            generation=snapshot.generation,
+            world_size=len(results),
+            config_digest=None,
+        )
+        values: dict[str, Any] = merged.tree or {}
+        nodes: dict[str, Any] = {}
+        for name, kind in metadata.state_dict_metadata.items():
+            written = merged.tensors if isinstance(kind, TensorStorageMetadata) else values
+            if name not in written:
+                raise UsageError(f"{name} is in the plan, but no rank wrote it", do="turn plan caching off")
+            nodes[name] = {"$": "tensor", "v": name} if written is merged.tensors else values[name]
+        paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+        structure = _structure({tuple(paths.get(name, (name,))): node for name, node in nodes.items()})
+        return fmt.Prepared(packs=merged.packs, tensors=merged.tensors, tree=structure)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: _PathLike) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+
+class SafetensorsReader(StorageReader):
+    """A StorageReader of a run directory, whoever wrote it. Every chunk is verified.
+
+    Args:
+        path: the run directory; or give `checkpoint_id` to dcp.load.
+        entry: the snapshot's name; None for the newest of the lineage.
+    """
+
+    def __init__(self, path: _PathLike | None = None, *, entry: str | None = None) -> None:
+        self.checkpoint_id: _PathLike | None = path
+        self._wanted = entry
+        self._entry: fmt.CatalogEntry | None = None
+        self._manifest: fmt.Manifest | None = None
+        self._nodes: dict[str, Any] = {}
+
+    def reset(self, checkpoint_id: _PathLike | None = None) -> None:
+        if checkpoint_id is not None:
+            self.checkpoint_id = checkpoint_id
+        self._entry = self._manifest = None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        catalog = Catalog(_blobs(self.checkpoint_id))
+        entry = catalog.entry(self._wanted) if self._wanted else catalog.newest()
+        if entry is None:
+            raise UsageError(f"{self.checkpoint_id} has no snapshot", do="save one first")
+        manifest = catalog.manifest(entry)
+        self._entry, self._manifest = entry, manifest
+        paths = {tree.path_name(path): (path, node) for path, node in tree.leaves(manifest.tree)}
+        self._nodes = {name: node for name, (_, node) in paths.items()}
+        return Metadata(
+            state_dict_metadata={name: _storage(manifest, node) for name, node in self._nodes.items()},
+            planner_data={name: path for name, (path, _) in paths.items()},
+        )
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        if self._manifest is None:
+            self.read_metadata()
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        entry, _ = self._opened()
+        return [dataclasses.replace(plan, storage_data=entry.name) for plan in plans]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        entry, manifest = self._opened()
+        if plan.storage_data != entry.name:
+            raise PlatformError(
+                f"this rank chose snapshot {entry.name}, the coordinator {plan.storage_data}",
+                do="name the entry: a snapshot was committed while the ranks began to load",
+            )
+        blobs = _blobs(self.checkpoint_id)
+        targets: list[Target] = []
+        tensors: list[tuple[ReadItem, torch.Tensor, torch.Tensor]] = []
+        for item in plan.items:
+            if item.type is LoadItemType.BYTE_IO:
+                _put_value(planner, item, self._value(item.storage_index.fqn, targets))
+                continue
+            name = self._nodes[item.storage_index.fqn]["v"]
+            box = (_sum(item.storage_index, item.storage_offsets), tuple(item.lengths))
+            wanted = planner.resolve_tensor(item)
+            local = wanted.detach()
+            stored = BY_NAME[manifest.tensors[name].dtype].torch
+            if local.dtype != stored:
+                local = torch.empty(box[1], dtype=stored)
+            targets.append(Target(name, box, local))
+            tensors.append((item, wanted, local))
+        read_tensors(blobs, manifest, targets)
+        with torch.no_grad():
+            for item, wanted, local in tensors:
+                if local.dtype != wanted.dtype:
+                    wanted.detach().copy_(local)
+                planner.commit_tensor(item, wanted)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _opened(self) -> tuple[fmt.CatalogEntry, fmt.Manifest]:
+        if self._entry is None or self._manifest is None:
+            self.read_metadata()
+        if self._entry is None or self._manifest is None:
+            raise UsageError("the reader was not set up")
+        return self._entry, self._manifest
+
+    def _value(self, name: str, targets: list[Target]) -> Any:
+        """A leaf's value; numpy arrays in it are filled when `targets` are read."""
+        _, manifest = self._opened()
+
+        def array(stored: str) -> Any:
+            check_packs(_blobs(self.checkpoint_id), manifest, [stored])
+            tensor = manifest.tensors[stored]
+            fresh = torch.empty(tensor.shape, dtype=BY_NAME[tensor.dtype].torch)
+            targets.append(Target(stored, ((0,) * len(tensor.shape), tensor.shape), fresh))
+            return fresh.numpy()
+
+        return tree.decode(self._nodes[name], array, array)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: _PathLike) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+
+def _blobs(path: _PathLike | None) -> LocalBlobs:
+    if path is None:
+        raise UsageError("no run directory", do="give the writer or reader a path, or dcp a checkpoint_id")
+    return LocalBlobs(path)
+
+
+def _sum(index: MetadataIndex, offsets: Iterable[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(index.offset or (), offsets, strict=True))
+
+
+def _storage(manifest: fmt.Manifest, node: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if tree.code_of(node) != "tensor":
+        return BytesStorageMetadata()
+    tensor = manifest.tensors[node["v"]]
+    return TensorStorageMetadata(
+        TensorProperties(dtype=BY_NAME[tensor.dtype].torch),
+        torch.Size(tensor.shape),
+        [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks],
+    )
+
+
+def _put_value(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
+    """What DefaultLoadPlanner.load_bytes does, without the pickle in between."""
+    if (
+        not isinstance(planner, DefaultLoadPlanner)
+        or type(planner).load_bytes is not DefaultLoadPlanner.load_bytes
+    ):
+        raise UsageError(
+            f"{item.dest_index.fqn} is no tensor, and {type(planner).__name__} wants it pickled",
+            valid="a DefaultLoadPlanner, or only tensors in the state",
+        )
+    if planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[item.dest_index.fqn], value)
+    else:
+        planner.state_dict[item.dest_index.fqn] = value
+
+
+def _structure(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
+    """Nested JSON from leaves by path; whole numbers are places in lists, as torch's planner writes them."""
+    root: dict[Any, Any] = _Branch()
+    for path, node in nodes.items():
+        at = root
+        for key in path[:-1]:
+            at = at.setdefault(key, _Branch())
+            if not isinstance(at, _Branch):
+                raise UsageError(f"{tree.path_name(path)} lies inside of a value")
+        at[path[-1]] = node
+    return _plain(root)
+
+
+class _Branch(dict[Any, Any]):
+    """Tells a level of the structure from a leaf's node, which can be a dict too."""
+
+
+def _plain(node: Any) -> Any:
+    if not isinstance(node, _Branch):
+        return node
+    if node and all(type(key) is int for key in node) and sorted(node) == list(range(len(node))):
+        return [_plain(node[index]) for index in range(len(node))]
+    if all(isinstance(key, str) and not key.startswith("$") for key in node):
+        return {key: _plain(item) for key, item in node.items()}
+    return {"$": "dict", "v": [[key, _plain(item)] for key, item in node.items()]}

@@ -1,0 +1,160 @@
+"""The coordinator's half of a commit: runs the effects of `core.commit.Coordinator` on a run directory.
+
+Order matters and is decided in the core; this room executes: manifest, entry (the commit), announcement,
+hints. It never waits for another rank and never raises what is the snapshot's failure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from autoglm_elastic.core import commit as core
+from autoglm_elastic.core.commit import Snapshot, Verdict
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError
+from autoglm_elastic.ports import Outcome, StreamBlobs
+from autoglm_elastic.snapshot import format as fmt
+from autoglm_elastic.snapshot import limits
+from autoglm_elastic.snapshot.catalog import Catalog
+from autoglm_elastic.snapshot.failpoints import Failpoints
+from autoglm_elastic.snapshot.merge import merge
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a snapshot is to be called. Only the coordinator's counts."""
+
+    snapshot: Snapshot
+    kind: str = "full"
+    metrics: dict[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    config_digest: str | None = None
+    world_size: int | None = None
+    """As recorded, where it is not the number of votes."""
+
+
+class Decide:
+    """One snapshot's decision.
+
+    Args:
+        announce: called once with the verdict, before the hints are moved.
+        wall: seconds since the epoch, for the catalog.
+    """
+
+    def __init__(
+        self,
+        blobs: StreamBlobs,
+        catalog: Catalog,
+        request: Request,
+        *,
+        announce: Callable[[Verdict, str], None],
+        failpoint: Failpoints,
+        wall: Callable[[], float],
+    ) -> None:
+        self._blobs, self._catalog, self._request = blobs, catalog, request
+        self._snapshot = request.snapshot
+        self._tell, self._failpoint, self._wall = announce, failpoint, wall
+        self._entry: fmt.CatalogEntry | None = None
+        self._detail = ""
+        self.nbytes = 0
+        """Of the whole snapshot, once the manifest is made."""
+
+    def run(self, world_size: int, heard: Iterable[core.VoteFrom | core.PeerLost]) -> None:
+        """Decides by what was heard of the ranks; what was not heard counts as not prepared."""
+        machine = core.Coordinator(self._snapshot.generation, world_size)
+        events: deque[core.CoordinatorEvent] = deque([core.Trigger(self._snapshot), *heard])
+        events.append(core.Timeout(self._snapshot))
+        while events:
+            machine, effects = machine.step(events.popleft())
+            for effect in effects:
+                answer = self._execute(effect)
+                if answer is not None:
+                    events.appendleft(answer)
+
+    def _execute(self, effect: core.CoordinatorEffect) -> core.CoordinatorEvent | None:
+        match effect:
+            case core.WriteManifest():
+                outcome = self._write_manifest(effect.payloads)
+                self._failpoint("manifest_written")
+                return core.ManifestWritten(self._snapshot, outcome)
+            case core.PutEntry():
+                outcome = self._put_entry()
+                self._failpoint("entry_put")
+                return core.EntryPut(self._snapshot, outcome)
+            case core.ReadEntry():
+                present = None if self._entry is None else self._catalog.entry_present(self._entry)
+                return core.EntryRead(self._snapshot, present)
+            case core.MoveHints():
+                moved = self._catalog.move_hints()
+                self._failpoint("hints_moved")
+                return core.HintsMoved(self._snapshot, moved)
+            case core.Announce():
+                detail = f": {self._detail}" if effect.reason and self._detail else ""
+                self._tell(effect.verdict, effect.reason + detail)
+                self._failpoint("announced")
+        return None
+
+    def _write_manifest(self, payloads: tuple[bytes, ...]) -> Outcome:
+        try:
+            data = self._manifest(payloads)
+            return self._blobs.put_if_absent(fmt.manifest_path(hashlib.sha256(data).hexdigest()), data)
+        except ElasticError as error:
+            self._detail = str(error)
+            return Outcome.UNKNOWN
+
+    def _manifest(self, payloads: tuple[bytes, ...]) -> bytes:
+        """The manifest's bytes; keeps the entry that will name it. Raises ElasticError."""
+        request, snapshot = self._request, self._snapshot
+        prepared = [
+            fmt.decode(payload, fmt.Prepared, f"the vote of rank {rank}")
+            for rank, payload in enumerate(payloads)
+        ]
+        manifest = merge(
+            prepared,
+            step=snapshot.step,
+            generation=snapshot.generation,
+            world_size=request.world_size or len(prepared),
+            config_digest=request.config_digest,
+        )
+        fmt.check_manifest(manifest, "the state as the ranks gave it")
+        data = fmt.encode(manifest)
+        if len(data) > limits.MANIFEST_BYTES_MAX:
+            raise CorruptSnapshot(
+                f"a manifest of {len(data)} bytes", valid=f"at most {limits.MANIFEST_BYTES_MAX}"
+            )
+        self.nbytes = sum(pack.nbytes for pack in manifest.packs)
+        parent = self._catalog.newest()
+        self._entry = fmt.CatalogEntry(
+            format=limits.FORMAT_NAME,
+            version=limits.FORMAT_VERSION,
+            name=snapshot.entry,
+            step=snapshot.step,
+            generation=snapshot.generation,
+            manifest=hashlib.sha256(data).hexdigest(),
+            manifest_bytes=len(data),
+            kind=request.kind,
+            nbytes=self.nbytes,
+            tensors=len(manifest.tensors),
+            world_size=manifest.world_size,
+            wall_time=self._wall(),
+            parent=parent.name if parent else None,
+            metrics=request.metrics,
+            tags=request.tags,
+            config_digest=request.config_digest,
+        )
+        entry_nbytes = len(fmt.encode(self._entry))
+        if entry_nbytes > limits.ENTRY_BYTES_MAX:
+            raise CorruptSnapshot(
+                f"metrics and tags of {entry_nbytes} bytes", valid=f"{limits.ENTRY_BYTES_MAX}"
+            )
+        return data
+
+    def _put_entry(self) -> Outcome:
+        if self._entry is None:
+            return Outcome.UNKNOWN
+        try:
+            return self._blobs.put_if_absent(fmt.entry_path(self._entry.name), fmt.encode(self._entry))
+        except ElasticError as error:
+            self._detail = str(error)
+            return Outcome.UNKNOWN
