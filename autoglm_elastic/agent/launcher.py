@@ -29,7 +29,7 @@ from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.launcher.api import LaunchConfig
 
-from autoglm_elastic.agent import flags
+from autoglm_elastic.agent import flags, run_path
 from autoglm_elastic.agent.agent import ElasticAgent
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
 from autoglm_elastic.agent.run_dir import RunDirectory
@@ -69,9 +69,10 @@ def launch(command: flags.Command) -> int:
 def _fork_zygote(command: flags.Command) -> Zygote | None:
     args, settings = command.args, command.loaded.settings
     another_program = args.no_python or os.environ.get("PYTHON_EXEC", sys.executable) != sys.executable
-    if not settings.zygote.enabled or another_program or args.run_path:
+    if not settings.zygote.enabled or another_program:
         return None
-    return Zygote.fork(settings.zygote.preload)
+    folder = "." if args.module else os.path.dirname(args.training_script)
+    return Zygote.fork(preload=settings.zygote.preload, search_path=folder or ".")
 
 
 def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote | None) -> int:
@@ -79,10 +80,14 @@ def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote
     if run_dir is not None:
         _begin(command, run_dir)
     config, entrypoint, arguments = _config(command, run_dir)
+    name = torch_launcher._get_entrypoint_name(entrypoint, arguments)
+    if not isinstance(entrypoint, str):  # --run-path; torch's only entrypoint that is no command
+        entrypoint, arguments = sys.executable, ["-u", "-m", run_path.__name__, *arguments]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     if config.rdzv_backend == "c10d":
         os.environ.setdefault(SHARED_STORE_OFF, "1")
-    parameters, handler = _rendezvous(config)
+    # A job that nobody else joins has the MASTER_ADDR that torchrun gives it.
+    parameters, handler = _rendezvous(config, "localhost" if command.is_alone else None)
     shut_down = True
     try:
         if run_dir is not None:
@@ -101,7 +106,7 @@ def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote
                 events=log,
             )
             log.emit(_job_started(command, config, handler))
-            return _run(agent, config, torch_launcher._get_entrypoint_name(entrypoint, arguments))
+            return _run(agent, config, name)
     except SignalException:
         shut_down = False  # as torch: the rendezvous stays open for the other nodes
         raise
@@ -175,14 +180,14 @@ def _our_rdzv_configs(
     return {**ours, **given}
 
 
-def _rendezvous(config: LaunchConfig) -> tuple[RendezvousParameters, RendezvousHandler]:
+def _rendezvous(config: LaunchConfig, address: str | None) -> tuple[RendezvousParameters, RendezvousHandler]:
     parameters = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
         run_id=config.run_id,
         min_nodes=config.min_nodes,
         max_nodes=config.max_nodes,
-        local_addr=config.local_addr,
+        local_addr=config.local_addr or address,
         **config.rdzv_configs,
     )
     try:
