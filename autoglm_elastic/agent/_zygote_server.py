@@ -1,7 +1,9 @@
 """The zygote's side: a small process that has imported what workers need and forks them when the agent asks.
 
-It has one thread, no CUDA context and no OpenMP pool, so that a fork is as good as a fresh start. Three events drive
-its only loop: a request, the death of a worker, the death of the agent. It never runs a worker's code in itself.
+It has one thread, no CUDA context and no OpenMP pool, so that a fork is as good as a fresh start. Three
+events drive
+its only loop: a request, the death of a worker, the death of the agent. It never runs a worker's code in
+itself.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
 
-from autoglm_elastic.agent import _linux, _zygote_state, _zygote_wire, worker_main
+from autoglm_elastic.agent import _linux, _threads, _zygote_state, _zygote_wire, worker_main
 from autoglm_elastic.agent._fork_safety import fork_unsafe_reason, shadowed_module
 from autoglm_elastic.agent.process import STATUS, PythonScript, SpawnRequest
 
@@ -28,8 +30,9 @@ _CRASHED: Final = 1
 
 @dataclass(slots=True)
 class _Child:
-    """A worker. `status_fd`: where its exit status is written; the agent closes the other end when it has read it, and
-    only then is the worker reaped, so that its pid stays its own for as long as the agent may signal it."""
+    """A worker. `status_fd`: where its exit status is written; the agent closes the other end when it has
+    read it, and only then is the worker reaped, so that its pid stays its own for as long as the agent may
+    signal it."""
 
     pid: int
     pidfd: int
@@ -47,21 +50,31 @@ class ZygoteServer:
         agent_pid: the agent, this process's parent.
         preload: modules to import for the workers.
         search_path: where they are looked for first; "" for nowhere.
+        forked: from the agent, not executed.
     """
 
-    def __init__(self, control: socket.socket, agent_pid: int, preload: Sequence[str], search_path: str) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        agent_pid: int,
+        preload: Sequence[str],
+        search_path: str,
+        *,
+        forked: bool,
+    ) -> None:
         self._control = control
         self._agent_pid = agent_pid
         self._preload = preload
         self._search_path = search_path
+        self._forked = forked
         self._children: dict[int, _Child] = {}
 
     def serve(self) -> NoReturn:
         """Import, tell the agent, and answer until it is gone."""
-        self._state = _zygote_state.detach(self._agent_pid, self._control.fileno())
+        state = _zygote_state.detach(self._agent_pid, self._control.fileno(), forked=self._forked)
         self._agent_pidfd = os.pidfd_open(self._agent_pid)
         try:
-            self._facts, self._state = _zygote_state.prepare(self._state, self._preload, self._search_path)
+            self._prepared = _zygote_state.prepare(state, self._preload, self._search_path)
         except _zygote_state.PreloadError as error:
             _zygote_wire.send(self._control, {"preload_error": str(error)}, [])
             self._end()
@@ -88,17 +101,18 @@ class ZygoteServer:
         received = _zygote_wire.receive(self._control)
         if received is None:
             self._end()
-        _, fds = received
-        body_fd, status_fd, *rest = fds
+        _, (body_fd, status_fd, stdin, stdout, stderr, *passed) = received
         body = _zygote_wire.body_from_fd(body_fd)
         os.close(body_fd)
         request = SpawnRequest(
             body["command"],
             body["env"],
             body["cwd"],
-            *rest[:3],
-            pass_fds=dict(zip(body["pass"], rest[3:], strict=True)),
-            fork=body["fork"],
+            stdin,
+            stdout,
+            stderr,
+            dict(zip(body["pass"], passed, strict=True)),
+            body["fork"],
         )
         try:
             child, reason = self._start(request, status_fd)
@@ -115,7 +129,7 @@ class ZygoteServer:
             self._poller.register(child.status_fd, 0)
             _zygote_wire.send(self._control, {"pid": child.pid, "fresh_because": reason}, [child.pidfd])
         finally:
-            for fd in rest:
+            for fd in (stdin, stdout, stderr, *passed):
                 os.close(fd)
 
     def _start(self, request: SpawnRequest, status_fd: int) -> tuple[_Child, str | None]:
@@ -125,29 +139,33 @@ class ZygoteServer:
             executed = _execute(request)
             return _Child(executed.pid, os.pidfd_open(executed.pid), status_fd, executed), reason
         zygote_pid = os.getpid()
+        detached, detached_end = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(request, script, status_fd, zygote_pid)
+            _detach_worker(zygote_pid, detached_end)
+            os.close(detached)
+            self._become_worker(request, script, status_fd)
+        os.close(detached_end)
+        # The agent may signal the worker's process group as soon as it has the answer: it must exist by then.
+        os.read(detached, 1)
+        os.close(detached)
         return _Child(pid, os.pidfd_open(pid), status_fd, None), None
 
     def _unsafe_reason(self, request: SpawnRequest, script: PythonScript | None) -> str | None:
         if script is not None:
-            _zygote_state.match_thread_settings(request.env)
-        reason = fork_unsafe_reason(request, self._facts, threads=_zygote_state.settled_threads())
+            self._prepared.compute_threads.follow(request.env)
+        facts = self._prepared.facts
+        reason = fork_unsafe_reason(request, facts, threads=_threads.settled_threads())
         if reason is not None or script is None or sys.flags.safe_path:
             return reason
         folder = request.cwd or os.getcwd()
         if not script.module:
             folder = os.path.dirname(os.path.realpath(os.path.join(folder, script.path)))
-        shadowed = shadowed_module(folder, self._facts.startup_modules)
+        shadowed = shadowed_module(folder, facts.startup_modules)
         return f"{folder} has a module {shadowed!r} that differs from the one imported" if shadowed else None
 
-    def _become_worker(
-        self, request: SpawnRequest, script: PythonScript, status_fd: int, zygote_pid: int
-    ) -> NoReturn:
+    def _become_worker(self, request: SpawnRequest, script: PythonScript, status_fd: int) -> NoReturn:
         try:
-            _linux.die_with_parent(zygote_pid)
-            os.setsid()
             for target, fd in enumerate((request.stdin, request.stdout, request.stderr)):
                 os.dup2(fd, target)
                 os.close(fd)
@@ -159,7 +177,7 @@ class ZygoteServer:
                 os.close(child.status_fd)
             self._children.clear()
             env = {**request.env, **{name: str(fd) for name, fd in request.pass_fds.items()}}
-            worker_main.become(script, env, request.cwd, self._state)
+            worker_main.become(script, env, request.cwd, self._prepared.state)
         except BaseException:  # noqa: BLE001 - a half-made worker must not go on as a second zygote
             traceback.print_exc()
             os._exit(_CRASHED)
@@ -193,6 +211,13 @@ class ZygoteServer:
         os._exit(0)
 
 
+def _detach_worker(zygote_pid: int, detached_end: int) -> None:
+    """First thing in a worker: a session of its own, and no life without the zygote."""
+    _linux.die_with_parent(zygote_pid)
+    os.setsid()
+    os.close(detached_end)
+
+
 def _execute(request: SpawnRequest) -> subprocess.Popen[bytes]:
     """As torch starts a worker. Raises OSError."""
     fds = tuple(request.pass_fds.values())
@@ -206,14 +231,16 @@ def _execute(request: SpawnRequest) -> subprocess.Popen[bytes]:
         pass_fds=fds,
         start_new_session=True,
         # This process has one thread, so running Python between fork and exec is safe here.
-        preexec_fn=partial(_linux.die_with_parent, os.getpid()),  # noqa: PLW1509
+        preexec_fn=partial(_linux.die_with_parent, os.getpid()),
     )
 
 
-def run_server(control: socket.socket, agent_pid: int, preload: Sequence[str], search_path: str) -> NoReturn:
+def run_server(
+    control: socket.socket, agent_pid: int, preload: Sequence[str], search_path: str, *, forked: bool
+) -> NoReturn:
     """Be the zygote; whatever happens, never return into a copy of the agent's code."""
     try:
-        ZygoteServer(control, agent_pid, preload, search_path).serve()
+        ZygoteServer(control, agent_pid, preload, search_path, forked=forked).serve()
     except BaseException:  # noqa: BLE001 - last resort of a process: say why, and leave
         traceback.print_exc()
     os._exit(_CRASHED)
@@ -224,7 +251,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     control_fd, agent_pid, search_path, *preload = arguments
     control = socket.socket(fileno=int(control_fd))
     control.set_inheritable(False)
-    run_server(control, int(agent_pid), preload, search_path)
+    run_server(control, int(agent_pid), preload, search_path, forked=False)
 
 
 def spawn_reply(message: dict[str, Any]) -> tuple[int, str | None]:

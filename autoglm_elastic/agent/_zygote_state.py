@@ -1,7 +1,8 @@
 """Making a process fit to be forked: leave the agent's things behind, import, and know what came of it.
 
-Called by the zygote only, before and between forks. The launcher's traces (hooks, handlers, descriptors) are removed
-once, at the start; what preloaded modules set up afterwards is kept, since a script that imports them expects it.
+Called by the zygote only, before and between forks. The launcher's traces (hooks, handlers, descriptors) are
+removed once, at the start; what preloaded modules set up afterwards is kept, since a script that imports them
+expects it.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-from autoglm_elastic.agent import _linux, worker_main
+from autoglm_elastic.agent import _linux, _threads, worker_main
 from autoglm_elastic.agent._fork_safety import ZygoteFacts
 
 ALWAYS_IMPORTED: Final = ("torch", "torch._dynamo")
 """Every optimizer imports torch._dynamo when it is built: 0.7 s, paid once here."""
 
 _STARTUP_QUERY: Final = (
-    "import sys; print(ascii((sys.path, list(sys.modules), tuple(sys.flags), sys.warnoptions, sys._xoptions)))"
+    "import sys; print(ascii("
+    "(sys.path, list(sys.modules), tuple(sys.flags), sys.warnoptions, sys._xoptions)))"
 )
 _STARTUP_QUERY_S: Final = 60.0
 """A bare interpreter answers in 20 ms; a cold network file system may take seconds."""
@@ -41,9 +43,15 @@ class PreloadError(Exception):
     """A module that workers need cannot be imported; one line."""
 
 
-def detach(agent_pid: int, control_fd: int) -> worker_main.FreshState:
-    """Leave the agent's session, descriptors, signal handlers and hooks; end with the agent."""
-    _linux.die_with_parent(agent_pid)
+def detach(agent_pid: int, control_fd: int, *, forked: bool) -> worker_main.FreshState:
+    """Leave the agent's session, descriptors, signal handlers and hooks.
+
+    Args:
+        forked: by the agent's main thread; then end with it also while importing. An executed zygote must not: the
+            kernel would end it with the thread that started it.
+    """
+    if forked:
+        _linux.die_with_parent(agent_pid)
     with contextlib.suppress(PermissionError):
         os.setsid()
     ignored = {number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN}
@@ -59,9 +67,16 @@ def detach(agent_pid: int, control_fd: int) -> worker_main.FreshState:
     return worker_main.FreshState((), frozenset(int(number) for number in mask), signal.SIG_DFL)
 
 
-def prepare(
-    state: worker_main.FreshState, preload: Sequence[str], search_path: str
-) -> tuple[ZygoteFacts, worker_main.FreshState]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """A zygote that has imported everything."""
+
+    facts: ZygoteFacts
+    state: worker_main.FreshState
+    compute_threads: _threads.ComputeThreads
+
+
+def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: str) -> Prepared:
     """Import everything and settle. Raises `PreloadError`."""
     env, cwd = dict(os.environ), os.getcwd()
     query = subprocess.Popen([sys.executable, "-c", _STARTUP_QUERY], stdout=subprocess.PIPE)
@@ -71,10 +86,12 @@ def prepare(
     path = path if sys.flags.safe_path else path[1:]
     sys.path[:] = [search_path, *path] if search_path else path
     _import(preload)
+    compute_threads = _threads.ComputeThreads(env)
     gc.collect()
     gc.freeze()
-    settled_threads()
-    _linux.set_parent_death_signal(0)  # from here on the loop watches the agent, and ends the workers' sessions too
+    _threads.settled_threads()
+    # From here on the server's loop watches the agent, and ends the workers' whole sessions with it.
+    _linux.set_parent_death_signal(0)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     facts = ZygoteFacts(
         env=env,
@@ -83,36 +100,7 @@ def prepare(
         cuda=cuda_initialized(),
         startup_modules=frozenset(modules),
     )
-    return facts, dataclasses.replace(state, path=tuple(path), interrupt=interrupt)
-
-
-def settled_threads() -> int:
-    """Threads of this process, when those of OpenBLAS are not counted: importing NumPy starts them, and its handler of
-    `fork` stops them until they are needed again."""
-    if _linux.thread_count() > 1 and threading.active_count() == 1:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-    return _linux.thread_count()
-
-
-def match_thread_settings(env: Mapping[str, str]) -> None:
-    """Let the next fork compute with as many threads as a process that starts with `env`.
-
-    Done here rather than in the worker, since OpenBLAS starts its threads when it is told a number.
-    """
-    wanted = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if not wanted.isdecimal() or int(wanted) == 0:
-        return
-    torch: Any = sys.modules["torch"]
-    if torch.get_num_threads() != int(wanted):
-        torch.set_num_threads(int(wanted))
-    if env.get("OPENBLAS_NUM_THREADS") or env.get("GOTO_NUM_THREADS"):
-        return
-    for library in _openblas():
-        if library.num_threads != int(wanted):
-            library.set_num_threads(int(wanted))
+    return Prepared(facts, dataclasses.replace(state, path=tuple(path), interrupt=interrupt), compute_threads)
 
 
 def cuda_initialized() -> bool:
@@ -128,18 +116,6 @@ def cuda_initialized() -> bool:
     return int(status) != _CUDA_NOT_INITIALIZED
 
 
-_openblas_libraries: list[Any] | None = None
-
-
-def _openblas() -> list[Any]:
-    global _openblas_libraries
-    if _openblas_libraries is None:
-        from threadpoolctl import ThreadpoolController
-
-        _openblas_libraries = list(ThreadpoolController().select(internal_api="openblas").lib_controllers)
-    return _openblas_libraries
-
-
 def _import(names: Sequence[str]) -> None:
     for name in names:
         try:
@@ -148,7 +124,7 @@ def _import(names: Sequence[str]) -> None:
             raise PreloadError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _default_signals(ignored: set[int]) -> None:
+def _default_signals(ignored: set[signal.Signals]) -> None:
     """As a new interpreter sets them. Handlers that are not Python's (faulthandler's) stay."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
         if number in ignored or signal.getsignal(number) is None:

@@ -1,6 +1,8 @@
-"""torch's `SubprocessContext` with workers from the zygote, and with one worker replaced while the others run on.
+"""torch's `SubprocessContext` with workers from the zygote, and with one worker replaced while the others run
+on.
 
-Redirects, tee, log tailing, filters, error files, the all-or-nothing `wait` and `close` are torch's own. Only how a
+Redirects, tee, log tailing, filters, error files, the all-or-nothing `wait` and `close` are torch's own. Only
+how a
 process is started differs, and what has no equivalent there: `replace`, `kill`, `pidfds`, `poll_exits`.
 """
 
@@ -12,7 +14,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -37,14 +39,14 @@ class WorkerChannel:
     pass_fds: Mapping[str, int]
 
 
-class WorkerHandler(SubprocessHandler):  # type: ignore[misc]
+class WorkerHandler(SubprocessHandler):
     """torch's handler of one worker; its `proc` comes from `zygote`, or is a child of ours when that is None.
 
     Args:
         append: keep what a predecessor wrote into the log files.
     """
 
-    proc: WorkerProcess
+    proc: WorkerProcess  # type: ignore[assignment]  # looks like a Popen, is none
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class WorkerHandler(SubprocessHandler):  # type: ignore[misc]
         self._paths = stdout, stderr
         super().__init__(stdout="", stderr="", **rest)
 
-    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> WorkerProcess:
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> WorkerProcess:  # type: ignore[override]
         mode = "a" if self._append else "w"
         with contextlib.ExitStack() as closing:
             fds = [
@@ -75,7 +77,7 @@ class WorkerHandler(SubprocessHandler):  # type: ignore[misc]
             return _spawn(self._zygote, request)
 
 
-class ZygoteContext(SubprocessContext):  # type: ignore[misc]
+class ZygoteContext(SubprocessContext):
     """The worker processes of one node.
 
     Args:
@@ -119,8 +121,8 @@ class ZygoteContext(SubprocessContext):  # type: ignore[misc]
     ) -> None:
         """Start a new process for `local_rank`; what is left of the old one is killed first.
 
-        Log files are appended to, the error file of the old process is removed. `env_updates` stay for later ones.
-        Raises `ElasticError` when the old process cannot be ended, and what `Zygote.spawn` raises.
+        Log files are appended to, the error file of the old process is removed. `env_updates` stay for later
+        ones. Raises `ElasticError` when the old process cannot be ended, and what `Zygote.spawn` raises.
         """
         self.kill(local_rank)
         self.envs[local_rank].update(env_updates)
@@ -134,7 +136,7 @@ class ZygoteContext(SubprocessContext):  # type: ignore[misc]
 
     def kill(self, local_rank: int) -> None:
         """SIGKILL the session of that worker, its own children included, and wait for its end."""
-        process = self.subprocess_handlers[local_rank].proc
+        process = self._processes()[local_rank]
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -142,12 +144,15 @@ class ZygoteContext(SubprocessContext):  # type: ignore[misc]
 
     def pidfds(self) -> dict[int, int]:
         """By local rank: readable when that process is dead. Valid until it is replaced."""
-        return {rank: handler.proc.pidfd for rank, handler in self.subprocess_handlers.items()}
+        return {rank: process.pidfd for rank, process in self._processes().items()}
 
     def poll_exits(self) -> dict[int, int]:
         """Exit status (negative: a signal) of every process that has ended, by local rank."""
-        statuses = {rank: handler.proc.poll() for rank, handler in self.subprocess_handlers.items()}
+        statuses = {rank: process.poll() for rank, process in self._processes().items()}
         return {rank: status for rank, status in statuses.items() if status is not None}
+
+    def _processes(self) -> dict[int, WorkerProcess]:
+        return {rank: cast(WorkerHandler, handler).proc for rank, handler in self.subprocess_handlers.items()}
 
     def _start(self) -> None:
         if self.subprocess_handlers:

@@ -1,8 +1,8 @@
 """What the agent holds of a worker process: something that looks like `subprocess.Popen` and can be watched.
 
-`ForkedProcess` is a child of the zygote, `SpawnedProcess` a child of the agent itself. Both have a `pidfd` that
-becomes readable the moment the process is dead, so nobody has to ask at intervals. This module starts nothing from a
-zygote (`zygote.py` does) and knows nothing of ranks (`context.py` does).
+`ForkedProcess` is a child of the zygote, `SpawnedProcess` a child of the agent itself. Both have a `pidfd`
+that becomes readable the moment the process is dead, so nobody has to ask at intervals. This module starts
+nothing from a zygote (`zygote.py` does) and knows nothing of ranks (`context.py` does).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SpawnRequest:
         env: the complete environment.
         cwd: working directory; None for the agent's.
         stdin, stdout, stderr: file descriptors of the agent that become 0, 1 and 2.
-        pass_fds: environment variable → file descriptor of the agent. The process has a copy of it; the variable
-            holds its number there.
+        pass_fds: environment variable → file descriptor of the agent. The process has a copy of it; the
+            variable holds its number there.
         fork: False starts a fresh process even where forking would do.
     """
 
@@ -92,8 +92,8 @@ class PythonScript:
 
 
 class ForkedProcess:
-    """A child of the zygote. It stays a zombie until its exit status has been read here, as with `Popen`, so its pid
-    and process group cannot belong to another process while `poll()` gives None.
+    """A child of the zygote. It stays a zombie until its exit status has been read here, as with `Popen`, so
+    its pid and process group cannot belong to another process while `poll()` gives None.
 
     Args:
         pidfd: owned by this object.
@@ -197,7 +197,7 @@ class SpawnedProcess(subprocess.Popen[bytes]):
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        super().__del__(*args)  # type: ignore[misc]
+        super().__del__(*args)
 
 
 def _readable(fd: int, timeout_s: float | None) -> bool:

@@ -1,9 +1,10 @@
-"""What runs in a process just forked from the zygote: it becomes `python -u script.py args` and ends as that would.
+"""What runs in a process just forked from the zygote: it becomes `python -u script.py args` and ends as that
+would.
 
-`become` gives the process the state of an interpreter that has just started; `run` hands it to the script, through the
-same functions of CPython that its own `main` uses, and never returns. Here it matters that a script cannot tell the
-difference; where it could (frames of ours below its own, modules imported already) docs/zygote.md says so. Nothing of
-the agent's is touched: the process is a copy.
+`become` gives the process the state of an interpreter that has just started; `run` hands it to the script,
+through the same functions of CPython that its own `main` uses, and never returns. Here it matters that a
+script cannot tell the difference; where it could (frames of ours below its own, modules imported already)
+docs/zygote.md says so. Nothing of the agent's is touched: the process is a copy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import BuiltinImporter
 from pkgutil import get_importer
 from typing import Any, Final, NoReturn, TextIO, cast
@@ -51,7 +53,8 @@ class FreshState:
 
 
 def become(script: PythonScript, env: Mapping[str, str], cwd: str | None, state: FreshState) -> None:
-    """The interpreter's state as after its start, before the first line of `script`. Descriptors 0, 1, 2 are set.
+    """The interpreter's state as after its start, before the first line of `script`. Descriptors 0, 1, 2 are
+    set.
 
     Raises OSError when `cwd` cannot be entered.
     """
@@ -78,14 +81,14 @@ def become(script: PythonScript, env: Mapping[str, str], cwd: str | None, state:
 def run(script: PythonScript) -> NoReturn:
     """Run the script and end the process with its exit status, the interpreter finalized, as CPython does."""
     if script.module:
-        folder = script_folder(script)
-        _prepend(folder)
+        _prepend(script_folder(script))
         _leave(_run_module(script.path, alter_argv=True))
-    if get_importer(script.path) is not None:
-        sys.path.insert(0, script.path)
+    absolute = os.path.join(os.getcwd(), script.path) if script.path else os.getcwd()
+    if get_importer(absolute) is not None:
+        sys.path.insert(0, absolute)
         _leave(_run_module("__main__", alter_argv=False))
     _prepend(script_folder(script))
-    _leave(_run_file(script.path))
+    _leave(_run_file(script.path, absolute))
 
 
 def script_folder(script: PythonScript) -> str | None:
@@ -111,7 +114,9 @@ def _open_standard_streams() -> None:
 def _open_stream(fd: int, name: str, mode: str) -> TextIO | None:
     previous = cast(TextIO | None, getattr(sys, f"__{name}__"))
     encoding = previous.encoding if previous is not None else "utf-8"
-    errors = "backslashreplace" if name == "stderr" else (previous.errors if previous is not None else "strict")
+    errors = "strict" if previous is None else previous.errors
+    if name == "stderr":
+        errors = "backslashreplace"
     try:
         raw = io.FileIO(fd, mode, closefd=False)
     except OSError:
@@ -119,7 +124,7 @@ def _open_stream(fd: int, name: str, mode: str) -> TextIO | None:
     raw.name = f"<{name}>"
     buffer = io.BufferedReader(raw) if mode == "r" else raw
     stream = io.TextIOWrapper(
-        cast(io.BufferedReader, buffer), encoding, errors, newline="\n", write_through=mode == "w"
+        cast(io.BufferedReader, buffer), encoding, errors, newline="\n", write_through=True
     )
     stream.mode = mode  # type: ignore[misc]
     return stream
@@ -128,8 +133,7 @@ def _open_stream(fd: int, name: str, mode: str) -> TextIO | None:
 def _fresh_main() -> types.ModuleType:
     main = types.ModuleType("__main__")
     main.__loader__ = BuiltinImporter
-    main.__dict__["__annotations__"] = {}
-    main.__dict__["__builtins__"] = sys.modules["builtins"]
+    main.__dict__.update(__annotations__={}, __builtins__=sys.modules["builtins"])
     return main
 
 
@@ -159,19 +163,15 @@ def _prepend(folder: str | None) -> None:
         sys.path.insert(0, folder)
 
 
-def _run_file(path: str) -> int:
+def _run_file(path: str, absolute: str) -> int:
     """As `pymain_run_file_obj` in CPython's main.c."""
-    absolute = path if os.path.isabs(path) else os.path.join(os.getcwd(), path.removeprefix("./"))
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        print(
-            f"{sys.executable}: can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}",
-            file=sys.stderr,
-        )
+        _say(f"{sys.executable}: can't open file {absolute!r}: [Errno {error.errno}] {error.strerror}")
         return _EXIT_NOT_RUN
     if stat.S_ISDIR(os.fstat(fd).st_mode):
-        print(f"{sys.executable}: {absolute!r} is a directory, cannot continue", file=sys.stderr)
+        _say(f"{sys.executable}: {absolute!r} is a directory, cannot continue")
         return _EXIT_UNCAUGHT
     fdopen = _linux.libc.fdopen
     fdopen.restype = ctypes.c_void_p
@@ -183,30 +183,34 @@ def _run_file(path: str) -> int:
 
 def _run_module(name: str, *, alter_argv: bool) -> int:
     """As `pymain_run_module` in CPython's main.c."""
-    try:
-        runpy._run_module_as_main(name, alter_argv)  # type: ignore[attr-defined]
-    except SystemExit as stop:
-        return _exit_code(stop)
-    except BaseException as error:  # noqa: BLE001 - whatever a script raises ends here, as in the interpreter
-        traceback = error.__traceback__
-        error.__traceback__ = traceback.tb_next if traceback is not None else None
-        return _report_uncaught(error)
-    return 0
+    error = _caught(partial(runpy._run_module_as_main, name, alter_argv))  # type: ignore[attr-defined]
+    if error is None:
+        return 0
+    return _exit_code(error) if isinstance(error, SystemExit) else _report_uncaught(error)
 
 
 def _report_uncaught(error: BaseException) -> int:
     """As `PyErr_Print`: the user's `sys.excepthook`, its own failure included."""
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
-    try:
-        sys.excepthook(type(error), error, error.__traceback__)
-    except SystemExit as stop:
-        return _exit_code(stop)
-    except BaseException as second:  # noqa: BLE001 - as CPython prints it
-        print("Error in sys.excepthook:", file=sys.stderr)
+    second = _caught(partial(sys.excepthook, type(error), error, error.__traceback__))
+    if isinstance(second, SystemExit):
+        return _exit_code(second)
+    if second is not None:
+        _say("Error in sys.excepthook:")
         sys.__excepthook__(type(second), second, second.__traceback__)
-        print("\nOriginal exception was:", file=sys.stderr)
+        _say("\nOriginal exception was:")
         sys.__excepthook__(type(error), error, error.__traceback__)
     return _EXIT_UNCAUGHT
+
+
+def _caught(function: Callable[[], object]) -> BaseException | None:
+    """What `function` raised, without our frame in its traceback, and no longer being handled."""
+    try:
+        function()
+    except BaseException as error:  # noqa: BLE001 - whatever a script raises ends here, as in the interpreter
+        traceback = error.__traceback__
+        return error.with_traceback(traceback.tb_next if traceback is not None else None)
+    return None
 
 
 def _exit_code(stop: SystemExit) -> int:
@@ -214,13 +218,18 @@ def _exit_code(stop: SystemExit) -> int:
         return 0
     if isinstance(stop.code, int):
         return stop.code
-    print(stop.code, file=sys.stderr)
+    _say(stop.code)
     return 1
 
 
+def _say(what: object) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{what}\n")
+
+
 def _leave(code: int) -> NoReturn:
-    """Finalize the interpreter (threads, atexit, buffers, modules) and `exit`, from here: no frame of the launcher's,
-    which this process is a copy of, is unwound."""
+    """Finalize the interpreter (threads, atexit, buffers, modules) and `exit`, from here: no frame of the
+    launcher's, which this process is a copy of, is unwound."""
     if code and getattr(sys, "last_type", None) is KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _linux.die_at_exit(signal.SIGINT)

@@ -1,7 +1,8 @@
 """The agent's side of the zygote: start it, ask it for workers, notice its death, replace it.
 
-The first zygote is a fork of the launcher and shares its memory: torch is imported once on a node. A later one is
-executed, because by then the agent has threads, and a fork of a process with threads may hang. Thread safe.
+The first zygote is a fork of the launcher and shares its memory: torch is imported once on a node. A later
+one is executed, because by then the agent has threads, and a fork of a process with threads may hang. Thread
+safe.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ class Zygote:
     def fork(cls, *, preload: Sequence[str] = (), search_path: str | None = None) -> Zygote:
         """Fork this process into a zygote, which then imports while the caller goes on.
 
-        To be called once torch is imported, and before threads, logging and signal handlers are set up and anything is
-        asked of CUDA: workers inherit the launcher's state of that moment. Where Python threads run already, the
-        zygote is executed instead.
+        To be called once torch is imported, and before threads, logging and signal handlers are set up and
+        anything is
+        asked of CUDA: workers inherit the launcher's state of that moment. Where Python threads run already,
+            the zygote is executed instead.
 
         Args:
             preload: modules for the workers, besides torch and torch._dynamo.
@@ -80,15 +82,16 @@ class Zygote:
         return self.pidfd >= 0 and not _readable(self.pidfd, 0.0)
 
     def wait_ready(self) -> None:
-        """Wait until the imports are done. Raises `UsageError` when a module cannot be imported, `ZygoteGone`."""
+        """Wait until the imports are done. Raises `UsageError` when a module cannot be imported,
+        `ZygoteGone`."""
         with self._lock:
             self._wait_ready()
 
     def spawn(self, request: SpawnRequest) -> ForkedProcess:
         """Start a worker: forked if that is as good as a fresh process, else executed by the zygote.
 
-        Either dies with the zygote, and the zygote with this process. Raises OSError as `subprocess.Popen` does when a
-        command cannot be executed, `UsageError` as `wait_ready`, `ZygoteGone`.
+        Either dies with the zygote, and the zygote with this process. Raises OSError as `subprocess.Popen`
+        does when a command cannot be executed, `UsageError` as `wait_ready`, `ZygoteGone`.
         """
         with self._lock:
             self._wait_ready()
@@ -121,7 +124,7 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             control.close()
-            _zygote_server.run_server(server_end, agent_pid, self._preload, self._search_path)
+            _zygote_server.run_server(server_end, agent_pid, self._preload, self._search_path, forked=True)
         self._started(pid, control, server_end)
 
     def _execute(self) -> None:
@@ -130,7 +133,8 @@ class Zygote:
         module = _zygote_server.__name__
         command = [sys.executable, "-m", module, str(fd), str(os.getpid()), self._search_path, *self._preload]
         inherit = [(os.POSIX_SPAWN_DUP2, fd, fd)]
-        self._started(os.posix_spawn(sys.executable, command, os.environ, file_actions=inherit), control, server_end)
+        pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=inherit)
+        self._started(pid, control, server_end)
 
     def _started(self, pid: int, control: socket.socket, server_end: socket.socket) -> None:
         server_end.close()
@@ -167,7 +171,10 @@ class Zygote:
             status, status_end = os.pipe()
             owned(status_end)
             try:
-                streams = [fd if _is_open(fd) else owned(os.open(os.devnull, os.O_RDWR)) for fd in _streams(request)]
+                streams = [
+                    fd if _is_open(fd) else owned(os.open(os.devnull, os.O_RDWR))
+                    for fd in (request.stdin, request.stdout, request.stderr)
+                ]
                 fds = [owned(_zygote_wire.body_to_fd(body)), status_end, *streams, *request.pass_fds.values()]
                 message, received = self._ask({"op": "spawn"}, fds)
                 pid, reason = _zygote_server.spawn_reply(message)
@@ -213,15 +220,11 @@ class Zygote:
 
 
 def _gone(how: str) -> ZygoteGone:
-    return ZygoteGone(f"the process that workers are forked from {how}", do="start it again with Zygote.respawn()")
+    return ZygoteGone(f"the zygote (workers are forked from it) {how}", do="start another: Zygote.respawn()")
 
 
 def _control_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def _streams(request: SpawnRequest) -> tuple[int, int, int]:
-    return request.stdin, request.stdout, request.stderr
 
 
 def _is_open(fd: int) -> bool:

@@ -1,0 +1,57 @@
+"""How many threads the zygote has (one) and with how many a worker forked from it will compute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from autoglm_elastic.agent import _linux
+
+
+def settled_threads() -> int:
+    """Threads of this process, once those of OpenBLAS have been stopped.
+
+    Importing NumPy starts them. OpenBLAS's own handler of `fork` stops them until they are needed again, so a fork that
+    does nothing is the way to get rid of them.
+    """
+    if _linux.thread_count() > 1 and threading.active_count() == 1:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return _linux.thread_count()
+
+
+class ComputeThreads:
+    """What torch and OpenBLAS were set to when they were imported, and how to let it follow OMP_NUM_THREADS."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        from threadpoolctl import ThreadpoolController
+
+        self._torch: Any = sys.modules["torch"]
+        self._openblas: list[Any] = ThreadpoolController().select(internal_api="openblas").lib_controllers
+        self._initial = [self._torch.get_num_threads(), *(library.num_threads for library in self._openblas)]
+        cores = len(os.sched_getaffinity(0))
+        # torch with MKL takes no more threads than there are cores, which its own choice shows.
+        self._most = cores if env.get("OMP_NUM_THREADS") else self._initial[0]
+
+    def follow(self, env: Mapping[str, str]) -> None:
+        """Let the next fork compute with as many threads as a process that starts with `env`.
+
+        Done in the zygote, not in the worker, since OpenBLAS starts its threads when it is told a number.
+        """
+        text = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+        wanted = int(text) if text.isdecimal() and int(text) > 0 else None
+        initial, *blas_initial = self._initial
+        threads = min(wanted, self._most) if wanted else initial
+        if self._torch.get_num_threads() != threads:
+            self._torch.set_num_threads(threads)
+        for library, own in zip(self._openblas, blas_initial, strict=True):
+            # Its own variables come first with OpenBLAS; a change of those is a reason not to fork at all.
+            given = env.get("OPENBLAS_NUM_THREADS") or env.get("GOTO_NUM_THREADS")
+            threads = own if given or not wanted else wanted
+            if library.num_threads != threads:
+                library.set_num_threads(threads)
