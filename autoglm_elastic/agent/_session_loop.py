@@ -18,9 +18,8 @@ from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent._leader import Deposed, Leader
 from autoglm_elastic.agent._view import Leadership, View
 from autoglm_elastic.coordination import StoreRefused
-from autoglm_elastic.core import membership as core
 from autoglm_elastic.core.membership import Member, Policy
-from autoglm_elastic.ports import Clock, Compare, EventKind, Outcome, Put, Store, StoreUnavailable, WatchEvent
+from autoglm_elastic.ports import Clock, Compare, Outcome, Put, Store, StoreUnavailable, WatchEvent
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +33,8 @@ STOP_S_MAX: Final = 10.0
 
 
 class SessionLoop:
-    """`me` and `lease` (0: no member) are set by `enlisted` and `dismissed`. `on_taken_over(lease)` is called
-    from the thread when another agent has taken this node's name.
+    """`me` and `lease` (0: no member) are set by `enlisted` and `dismissed`. `on_lost(lease, reason)` is called
+    from the thread when another agent has taken this node's name, or when the thread itself fails.
 
     Raises (construction): StoreUnavailable.
     """
@@ -49,7 +48,7 @@ class SessionLoop:
         policy: Policy,
         first_generation: int,
         events: EventQueue,
-        on_taken_over: Callable[[int], None],
+        on_lost: Callable[[int, str], None],
         clock: Clock,
     ) -> None:
         self._store = store
@@ -57,7 +56,7 @@ class SessionLoop:
         self._policy = policy
         self._first_generation = first_generation
         self._events = events
-        self._on_taken_over = on_taken_over
+        self._on_lost = on_lost
         self._clock = clock
         self.changed = threading.Condition()
         self.view = View(keys)
@@ -130,6 +129,10 @@ class SessionLoop:
                 log.info("the store failed the session, trying again: %s", error)
                 self._give_up_leading()
                 self._retry_at = self._clock.monotonic() + RETRY_S
+            except Exception as error:
+                # Without this thread the node is blind: better out of the run than following nothing.
+                self._on_lost(self.lease, f"the session failed: {type(error).__name__}: {error}")
+                raise
 
     def _await_work(self) -> bool:
         with self.changed:
@@ -179,33 +182,12 @@ class SessionLoop:
 
     def _apply(self, event: WatchEvent) -> None:
         with self.changed:
-            before = self.view.members.get(self._node_of(event))
-            self.view.apply(event)
+            meaning = self.view.apply(event, self._clock.monotonic())
             leader = self.leader
             self.changed.notify_all()
         self._tell()
-        if leader is not None:
-            change = self._as_core_event(event, before)
-            if change is not None:
-                leader.feed(self.view, change)
-
-    def _node_of(self, event: WatchEvent) -> str:
-        path = self._keys.parse(event.key)
-        return path[-1] if path[0] == "members" else ""
-
-    def _as_core_event(self, event: WatchEvent, before: Member | None) -> core.Event | None:
-        now, put = self._clock.monotonic(), event.kind is EventKind.PUT
-        match self._keys.parse(event.key):
-            case ("members", node) if put and node in self.view.members:
-                return core.MemberUp(self.view.members[node], now)
-            case ("members", node) if before is not None and not put:
-                return core.MemberDown(node, now, incarnation=before.incarnation)
-            case ("broken", number, node) if put and (int(number), node) in self.view.broken:
-                report = self.view.broken[int(number), node]
-                return core.Broken(node, int(number), report.failure, now, report.alive_s)
-            case ("finished", number, node) if put:
-                return core.Finished(node, int(number), now)
-        return None
+        if leader is not None and meaning is not None:
+            leader.feed(self.view, meaning)
 
     def _tell(self) -> None:
         """Events for the agent out of what the view shows now, each once."""
@@ -226,7 +208,7 @@ class SessionLoop:
             )
             closed = self.view.closed is not None
         if lease and taken_over:
-            self._on_taken_over(lease)
+            self._on_lost(lease, f"another agent took the node name {me.node!r}")
             return
         if not lease or closed:
             with self.changed:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from autoglm_elastic.agent._keys import Keys
+from autoglm_elastic.core import membership as core
 from autoglm_elastic.core.membership import Failure, Generation, Member
 from autoglm_elastic.ports import Entry, EventKind, Json, WatchEvent
 
@@ -92,29 +93,35 @@ class View:
         """Everything anew, as it is in the store."""
         self.clear()
         for entry in sorted(entries, key=lambda each: (each.create_revision, each.key)):
-            self._set(entry.key, entry.value, entry.mod_revision)
+            self._set(entry.key, entry.value, entry.mod_revision, 0.0)
 
-    def apply(self, event: WatchEvent) -> None:
+    def apply(self, event: WatchEvent, now: float) -> core.Event | None:
+        """One change. Returns what it means to the leader, if anything. `now`: monotonic seconds."""
         if event.kind is EventKind.PUT:
-            self._set(event.key, event.value, event.revision)
-        else:
-            self._unset(self._keys.parse(event.key))
+            return self._set(event.key, event.value, event.revision, now)
+        try:
+            return self._unset(self._keys.parse(event.key), now)
+        except ValueError:
+            # A key that was ignored when it was written.
+            return None
 
     def has_finished(self, node: str) -> bool:
         return any(finished == node for _, finished in self.finished)
 
-    def _set(self, key: str, value: Json, revision: int) -> None:
+    def _set(self, key: str, value: Json, revision: int, now: float) -> core.Event | None:
         try:
-            self._put(self._keys.parse(key), value, revision)
+            return self._put(self._keys.parse(key), value, revision, now)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             log.warning("ignored %s: its value does not parse (%s: %s)", key, type(error).__name__, error)
+            return None
 
-    def _put(self, path: tuple[str, ...], value: Json, revision: int) -> None:
+    def _put(self, path: tuple[str, ...], value: Json, revision: int, now: float) -> core.Event | None:
         match path:
             case ("members", node):
                 member = member_from_json(value)
                 self.members.pop(node, None)
                 self.members[node] = member
+                return core.MemberUp(member, now)
             case ("leader",):
                 self.leader = Leadership(str(value["node"]), int(value["incarnation"]), revision)
             case ("generation",):
@@ -122,8 +129,10 @@ class View:
             case ("broken", number, node):
                 report = Report(Failure.from_json(value["failure"]), float(value["alive_s"]))
                 self.broken[int(number), node] = report
+                return core.Broken(node, int(number), report.failure, now, report.alive_s)
             case ("finished", number, node):
                 self.finished.add((int(number), node))
+                return core.Finished(node, int(number), now)
             case ("entered", number, node):
                 self.entered.add((int(number), node))
             case ("c10d", number):
@@ -132,11 +141,13 @@ class View:
                 self.history.add(int(number))
             case ("closed",):
                 self.closed = Closed.from_json(value)
+        return None
 
-    def _unset(self, path: tuple[str, ...]) -> None:
+    def _unset(self, path: tuple[str, ...], now: float) -> core.Event | None:
         match path:
-            case ("members", node):
-                self.members.pop(node, None)
+            case ("members", node) if node in self.members:
+                member = self.members.pop(node)
+                return core.MemberDown(node, now, incarnation=member.incarnation)
             case ("leader",):
                 self.leader = None
             case ("broken", number, node):
@@ -149,3 +160,4 @@ class View:
                 self.c10d.pop(int(number), None)
             case ("generations", number):
                 self.history.discard(int(number))
+        return None

@@ -91,6 +91,7 @@ class NodeSession:
         self._clock = clock or SystemClock()
         self._keys = Keys(run_id)
         self._keeper: LeaseKeeper | None = None
+        self._lost_lease = 0
         self._joining = threading.Lock()
         self._events = EventQueue()
         self._closed = False
@@ -102,7 +103,7 @@ class NodeSession:
                 policy=policy,
                 first_generation=first_generation,
                 events=self._events,
-                on_taken_over=self._be_taken_over,
+                on_lost=self._lose_lease,
                 clock=self._clock,
             )
         except BaseException:
@@ -141,6 +142,9 @@ class NodeSession:
                 raise RunClosed(closed)
             if self._keeper is not None:
                 self._keeper.stop()
+            if self._lost_lease:
+                # It may still stand in the store, and hold the leadership of our former incarnation.
+                self._revoke(self._lost_lease)
             granted_at = self._clock.monotonic()
             lease = self.store.lease_grant(self._lease_s)
             try:
@@ -357,11 +361,8 @@ class NodeSession:
 
     def _lose_lease(self, lease: int, reason: str) -> None:
         if self._loop.dismissed(lease):
+            self._lost_lease = lease
             self._events.push(LeaseLost(reason))
-
-    def _be_taken_over(self, lease: int) -> None:
-        # The keeper's renewals of a lease that owns nothing any more harm nobody; `join` and `leave` end it.
-        self._lose_lease(lease, f"another agent took the node name {self.node!r}")
 
     def _revoke(self, lease: int) -> None:
         try:
