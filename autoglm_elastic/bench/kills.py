@@ -16,6 +16,7 @@ from typing import Final
 
 from autoglm_elastic.bench.jobs import Job, Mode, age_s
 from autoglm_elastic.bench.steplog import Line
+from autoglm_elastic.errors import PlatformError
 
 HANG_S: Final = 60.0
 """No new step for so long after a kill, or at the start, is a hang."""
@@ -87,7 +88,7 @@ class Kill:
         return self.end != "back"
 
 
-class Stuck(Exception):
+class Stuck(PlatformError):
     """The job is not making steps: it hangs or has ended."""
 
 

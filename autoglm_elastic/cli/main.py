@@ -85,6 +85,17 @@ def recovery(
     return room.main(kills, mode or None, out or room.OUT, starts=starts, quick=quick)
 
 
+@bench.command()
+def restarts(
+    n: Annotated[int, typer.Option("--n", help="Restarts in a row.")] = 100,
+    mode: Annotated[str, typer.Option(help="Of `autoglm bench recovery`.")] = "unmodified",
+) -> int:
+    """Kill a worker of one job again and again, and stop at the first hang."""
+    from autoglm_elastic.bench import restarts as room
+
+    return room.main(n, mode)
+
+
 @app.command()
 def report(
     run: RunDir,
