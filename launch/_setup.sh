@@ -56,6 +56,9 @@ choose_environment() {
 
 make_environment() {
     local python options=()
+    if [ -e "$ENVIRONMENT" ] && [ ! -e "$ENVIRONMENT/pyvenv.cfg" ]; then
+        fail "$ENVIRONMENT is not a Python environment" "name a new folder in AUTOGLM_VENV"
+    fi
     python="$(find_python)"
     [ -n "$python" ] || fail "no Python 3.11 or newer on PATH" "install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
     if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
