@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.observe.metrics import Metric, lineage
 from autoglm_elastic.observe.report import Report
-from autoglm_elastic.observe.text import count, duration
+from autoglm_elastic.observe.text import count, duration, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def _mark_incidents(axes: Axes, strip: Axes, report: Report, chain: Sequence[Met
         (
             item.from_step if item.from_step is not None else chain[-1].step,
             _INCIDENT,
-            f"{_short(item.reason)}\n"
+            f"{shortened(item.reason, 44)}\n"
             + (f"back after {duration(item.seconds)}, " if item.closed else "not recovered, ")
             + ("steps lost unknown" if item.steps_lost is None else f"{count(item.steps_lost, 'step')} lost"),
         )
@@ -173,7 +173,3 @@ def _draw_world(axes: Axes, report: Report, chain: Sequence[Metric]) -> None:
     axes.set_yticks(sorted({0, *sizes}))
     axes.set_ylabel("workers", color=_INK)
     axes.set_xlabel("step", color=_INK)
-
-
-def _short(reason: str, chars_max: int = 44) -> str:
-    return reason if len(reason) <= chars_max else reason[: chars_max - 1].rstrip() + "…"

@@ -30,6 +30,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def shortened(text: str, chars_max: int = 100) -> str:
+    """At most so many characters; what is cut off is marked."""
+    return text if len(text) <= chars_max else text[: chars_max - 1].rstrip() + "…"
+
+
 def phases(phases_s: dict[str, float]) -> str:
     """ "detect 3 ms · unwind 21 ms · …" in the order of a recovery, unknown names last."""
     names: list[str] = [name for name in PHASES if name in phases_s]
@@ -92,7 +97,7 @@ def lines(report: Report) -> list[str]:
         snapshots += f", newest at step {newest.step} ({size(newest.nbytes)}), median {duration(seconds)}"
     out.append(snapshots)
     out += [
-        f"  {note.outcome}: {note.entry or f'step {note.step}'}: {note.reason}"
+        f"  {note.outcome}: {note.entry or f'step {note.step}'}: {shortened(note.reason)}"
         for note in report.snapshots
         if note.outcome != "committed"
     ]

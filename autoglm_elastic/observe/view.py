@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from autoglm_elastic.core.lifecycle import (
@@ -23,7 +23,7 @@ from autoglm_elastic.core.lifecycle import (
 from autoglm_elastic.observe import events
 from autoglm_elastic.observe.events import EventRecord
 from autoglm_elastic.observe.metrics import Metric
-from autoglm_elastic.observe.text import count, duration, size
+from autoglm_elastic.observe.text import count, duration, shortened, size
 
 MESSAGES_MAX: Final = 200
 LOSSES_MAX: Final = 60
@@ -60,6 +60,8 @@ class RunView:
         """Of the newest line."""
         self.run_id = ""
         self.generation = 0
+        self.resumed = 0
+        """The newest generation that has committed a step: training goes on when it is `generation`."""
         self.step = -1
         self.loss: float | None = None
         self.losses: deque[float] = deque(maxlen=LOSSES_MAX)
@@ -121,6 +123,7 @@ class RunView:
                 return self._sealed(event, now)
             case events.WorkerStarted():
                 self._workers[(event.node, event.local_rank)] = (event.pid, event.how)
+                self._refill(event.rank)
                 return []
             case events.WorkerDied():
                 self._move([RankMoved(event.generation, event.rank, TaskState.FAILED)])
@@ -142,7 +145,7 @@ class RunView:
                 self.snapshot_step = event.step
                 return [("note", f"snapshot of step {event.step} committed ({size(event.nbytes)})")]
             case events.SnapshotAborted() | events.SnapshotFailed():
-                return [("bad", f"snapshot of step {event.step} was given up: {event.reason}")]
+                return [("bad", f"snapshot of step {event.step} was given up: {shortened(event.reason)}")]
             case events.SnapshotRejected():
                 return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
             case events.FallbackSpawn():
@@ -185,6 +188,7 @@ class RunView:
     def _resumed(self, event: events.IncidentClosed) -> list[tuple[str, str]]:
         ranks = range(self.world_size)
         self._move(RankMoved(event.generation, rank, TaskState.RUNNING) for rank in ranks)
+        self.resumed = event.generation
         opened = self._opened if self._fault is None else self._fault
         broke, self._opened, self._fault = self._opened is not None, None, None
         if not broke:
@@ -202,6 +206,13 @@ class RunView:
                 f" state {event.tier} from step {event.from_step}",
             )
         ]
+
+    def _refill(self, rank: int) -> None:
+        """A process that died on its way into a generation is replaced in it: a new task takes the rank."""
+        states = list(self.tracker.ranks)
+        if rank < len(states) and states[rank] is TaskState.FAILED:
+            states[rank] = TaskState.INIT
+            self.tracker = replace(self.tracker, ranks=tuple(states))
 
     def _move(self, moves: Iterable[TrackerEvent]) -> None:
         for move in moves:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from autoglm_elastic.bench.demo.agents import Agents, Watched
-from autoglm_elastic.core.lifecycle import TaskState
 from autoglm_elastic.observe.events import EVENTS_NAME, EventLog, FaultInjected
 from autoglm_elastic.observe.view import RunView
 
@@ -37,6 +36,7 @@ class Acts:
         self._agents, self._view, self._start = agents, view, start
         self._steps = steps
         self._log = EventLog(run_dir / EVENTS_NAME, source="demo")
+        self._broken = 0
         self._dead_node = ""
         self._alone_from: int | None = None
         self.workers_gone_s: float | None = None
@@ -48,7 +48,7 @@ class Acts:
     def kill_worker(self) -> bool:
         """SIGKILL the last worker of the node that hosts the store."""
         view = self._view
-        if view.step < self._steps * WORKER_DIES_AT or not self._all_run():
+        if view.step < self._steps * WORKER_DIES_AT or not self._goes_on():
             return False
         victim = [row for row in view.rows() if row.node == view.store_host][-1]
         self._note(f"worker of rank {victim.rank} (pid {victim.pid})", victim.pid)
@@ -58,7 +58,7 @@ class Acts:
     def kill_agent(self) -> bool:
         """SIGKILL the agent that does not host the store; the kernel ends its workers with it."""
         view = self._view
-        if view.step < self._steps * AGENT_DIES_AT or view.recoveries < 1 or not self._all_run():
+        if view.step < self._steps * AGENT_DIES_AT or not self._goes_on():
             return False
         agent = next(agent for agent in self._agents.running() if agent.name != view.store_host)
         self._dead_node = agent.name
@@ -74,7 +74,7 @@ class Acts:
     def bring_back(self) -> bool:
         """Start the dead agent's command again, once the others have gone on for some steps."""
         view = self._view
-        if view.recoveries < 2:
+        if not self._goes_on():
             return False
         if self._alone_from is None:
             self._alone_from = view.step
@@ -83,10 +83,11 @@ class Acts:
         self._start(self._dead_node)
         return True
 
-    def _all_run(self) -> bool:
-        states = {row.state for row in self._view.rows()}
-        return bool(self._view.store_host) and states == {TaskState.RUNNING}
+    def _goes_on(self) -> bool:
+        """Training runs, in a generation after the one that was broken last."""
+        return self._view.resumed == self._view.generation > self._broken
 
     def _note(self, target: str, pid: int) -> None:
+        self._broken = self._view.generation
         self._log.emit(FaultInjected(target=target, pid=pid, signal=signal.SIGKILL))
         self._log.close()

@@ -17,7 +17,6 @@ from autoglm_elastic.errors import PlatformError
 
 STOP_WAIT_S: Final = 15.0
 """How long an agent may take to stop its workers when the demo ends early; then it is killed."""
-LOG_TAIL_LINES: Final = 12
 
 
 class Agent:
@@ -44,10 +43,6 @@ class Agent:
         """SIGKILL, on purpose."""
         self.expected_dead = True
         self.process.kill()
-
-    def tail(self) -> str:
-        """The end of what it printed."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
     def close(self) -> None:
         """Stop it if it still runs, and wait for it."""
@@ -97,9 +92,7 @@ class Agents:
         for agent in self._all:
             code = agent.process.poll()
             if code and not agent.expected_dead:
-                raise PlatformError(
-                    f"agent {agent.name} ended with exit code {code}:\n{agent.tail()}", do=f"see {agent.log}"
-                )
+                raise PlatformError(f"agent {agent.name} ended with exit code {code}", do=f"tail {agent.log}")
 
 
 class Watched:

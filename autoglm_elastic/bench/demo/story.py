@@ -22,6 +22,7 @@ STEPS_MIN: Final = 120
 NPROC: Final = 2
 SILENCE_S_MAX: Final = 60.0
 """No step and no message for so long: something is wrong, and the demo says so instead of waiting on."""
+RESTARTS: Final = 3
 EXAMPLE: Final = "autoglm_elastic.examples.gpt"
 RUNS: Final = Path("runs")
 
@@ -66,6 +67,7 @@ class Story:
             def start(node: str) -> None:
                 meeting = ["--nnodes=1:2", f"--nproc-per-node={NPROC}", "--rdzv-backend=autoglm"]
                 meeting += [f"--rdzv-endpoint={endpoint}", "--rdzv-id=demo", f"--rdzv-conf=node={node}"]
+                meeting.append(f"--max-restarts={RESTARTS}")
                 agents.start(node, [*meeting, *self._training(self.run_dir)], self.out / f"{node}.log")
 
             follower = live.Follower(self.run_dir)
