@@ -9,8 +9,6 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import msgspec
-
 from autoglm_elastic.core import lineage
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
@@ -86,7 +84,7 @@ class Catalog:
         """OK also when the same record is there already; CONFLICT for another one; UNKNOWN only if reading
         fails too."""
         path = fmt.generation_path(record.number)
-        data = fmt.encode(msgspec.convert(record.to_json(), fmt.GenerationFile))
+        data = fmt.generation_file(record)
         outcome = self._blobs.put_if_absent(path, data)
         if outcome is Outcome.OK:
             return outcome

@@ -125,7 +125,7 @@ class Decide:
             )
         self.nbytes = sum(pack.nbytes for pack in manifest.packs)
         parent = self._catalog.newest()
-        self._entry = fmt.CatalogEntry(
+        entry = fmt.CatalogEntry(
             format=limits.FORMAT_NAME,
             version=limits.FORMAT_VERSION,
             name=snapshot.entry,
@@ -143,6 +143,7 @@ class Decide:
             tags=request.tags,
             config_digest=request.config_digest,
         )
+        self._entry = fmt.sealed(entry)
         entry_nbytes = len(fmt.encode(self._entry))
         if entry_nbytes > limits.ENTRY_BYTES_MAX:
             raise CorruptSnapshot(

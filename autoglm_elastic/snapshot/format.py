@@ -8,6 +8,7 @@ docs/format.md says the same in prose."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -80,7 +81,13 @@ class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tree: Any
 
 
-class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A document that nothing else names by its digest carries its own: the SHA-256 of itself with `digest` empty."""
+
+    digest: str = ""
+
+
+class CatalogEntry(Sealed, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One committed snapshot. `manifest`: SHA-256. `nbytes`: of the packs. `wall_time`: seconds since the
     epoch."""
 
@@ -102,7 +109,7 @@ class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     config_digest: str | None = None
 
 
-class GenerationFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class GenerationFile(Sealed, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """core.lineage.GenerationRecord as stored."""
 
     number: int
@@ -119,6 +126,20 @@ _encoder = msgspec.json.Encoder(order="sorted")
 def encode(document: msgspec.Struct) -> bytes:
     """Canonical JSON."""
     return _encoder.encode(document)
+
+
+S = TypeVar("S", bound=Sealed)
+
+
+def sealed(document: S) -> S:
+    """The document with its digest."""
+    bare = msgspec.structs.replace(document, digest="")
+    return msgspec.structs.replace(bare, digest=hashlib.sha256(encode(bare)).hexdigest())
+
+
+def _check_seal(document: Sealed, where: str) -> None:
+    if document.digest != sealed(document).digest:
+        raise CorruptSnapshot(f"{where}: its digest differs")
 
 
 def decode(data: bytes, kind: type[T], where: str) -> T:
@@ -163,6 +184,7 @@ def chunk_nbytes(dtype: str, sizes: Sequence[int]) -> int:
 def parse_entry(data: bytes, name: str, where: str) -> CatalogEntry:
     """The catalog entry of that name. Raises CorruptSnapshot; UsageError for a newer format."""
     entry = decode(data, CatalogEntry, where)
+    _check_seal(entry, where)
     _check_version(entry.format, entry.version, where)
     good = (
         0 <= entry.step <= limits.SIZE_MAX
@@ -181,6 +203,7 @@ def parse_entry(data: bytes, name: str, where: str) -> CatalogEntry:
 def parse_generation(data: bytes, number: int, where: str) -> GenerationRecord:
     """Raises CorruptSnapshot."""
     record = decode(data, GenerationFile, where)
+    _check_seal(record, where)
     if record.number != number:
         raise CorruptSnapshot(f"{where} says that it is generation {record.number}")
     try:
@@ -189,6 +212,10 @@ def parse_generation(data: bytes, number: int, where: str) -> GenerationRecord:
         return GenerationRecord.from_json(msgspec.structs.asdict(record))
     except ValueError as error:
         raise CorruptSnapshot(f"{where}: {error}") from error
+
+
+def generation_file(record: GenerationRecord) -> bytes:
+    return encode(sealed(msgspec.convert(record.to_json(), GenerationFile)))
 
 
 def parse_manifest(data: bytes, entry: CatalogEntry, where: str) -> Manifest:
