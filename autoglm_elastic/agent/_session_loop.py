@@ -33,8 +33,8 @@ STOP_S_MAX: Final = 10.0
 
 
 class SessionLoop:
-    """`me` and `lease` (0: no member) are set by `enlisted` and `dismissed`. `on_lost(lease, reason)` is called
-    from the thread when another agent has taken this node's name, or when the thread itself fails.
+    """`me` and `lease` (0: no member) are set by `enlisted` and `dismissed`. `on_lost(lease, reason)` is
+    called from the thread when another agent has taken this node's name, or when the thread itself fails.
 
     Raises (construction): StoreUnavailable.
     """

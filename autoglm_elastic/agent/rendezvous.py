@@ -242,12 +242,14 @@ class AutoglmRendezvousHandler(RendezvousHandler):
         )
 
     def num_nodes_waiting(self) -> int:
-        """From the watch's cache. Positive, too, when a newer generation is sealed: then it is time to enter
-        it."""
+        """Whether it is time for `next_rendezvous`, from the watch's cache: a newer generation is sealed
+        (newcomers are let in at once, so whoever still waits is one too many), or the lease is lost."""
         newest = self.session.generation()
-        if self.current is not None and newest is not None and newest.number > self.current.number:
-            return max(1, len(newest.placements) - len(self.current.placements))
-        return self.session.waiting()
+        if not self.session.is_joined():
+            return 1
+        if self.current is None or newest is None or newest.number <= self.current.number:
+            return 0
+        return max(1, len(newest.placements) - len(self.current.placements))
 
     def is_closed(self) -> bool:
         return self.session.outcome() is not None
