@@ -81,7 +81,10 @@ class ZygoteServer:
         self._poller = select.poll()
         self._poller.register(self._control, select.POLLIN)
         self._poller.register(self._agent_pidfd, select.POLLIN)
-        _zygote_wire.send(self._control, {"ready": True}, [])
+        try:
+            _zygote_wire.send(self._control, {"ready": True}, [])
+        except ConnectionError:
+            self._end()  # the launcher refused to go on while we imported
         while True:
             ready = {fd for fd, _ in self._poller.poll()}
             if self._agent_pidfd in ready:

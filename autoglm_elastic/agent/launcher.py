@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.metrics import initialize_metrics
 from torch.distributed.elastic.metrics.api import MetricsConfig
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
@@ -66,6 +67,12 @@ def launch(command: flags.Command) -> int:
             run_dir.unlock()
 
 
+def exit_code_of(error: ChildFailedError) -> ExitCode:
+    """The launcher's exit code when a worker failed for good."""
+    codes = {failure.exitcode for failure in error.failures.values()}
+    return ExitCode.DO_NOT_RESTART if ExitCode.DO_NOT_RESTART in codes else ExitCode.FAILED
+
+
 def _fork_zygote(command: flags.Command) -> Zygote | None:
     args, settings = command.args, command.loaded.settings
     another_program = args.no_python or os.environ.get("PYTHON_EXEC", sys.executable) != sys.executable
@@ -106,7 +113,8 @@ def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote
                 events=log,
             )
             log.emit(_job_started(command, config, handler))
-            return _run(agent, config, name)
+            with _telling_how_it_ended(agent, log, handler):
+                return _run(agent, config, name)
     except SignalException:
         shut_down = False  # as torch: the rendezvous stays open for the other nodes
         raise
@@ -274,6 +282,52 @@ def _job_started(
     )
 
 
+@contextlib.contextmanager
+def _telling_how_it_ended(
+    agent: ElasticAgent, log: events.EventLog, handler: RendezvousHandler
+) -> Iterator[None]:
+    """Logs the end of the job, once a job: by the agent that hosts its store."""
+    ours = handler if isinstance(handler, AutoglmRendezvousHandler) else None
+    if ours is not None and not ours.hosts_store:
+        yield
+        return
+
+    def where() -> dict[str, int]:
+        current = None if ours is None else ours.current
+        return {
+            "step": max((slot.step_max for slot in agent.slots), default=-1),
+            "generation": 0 if current is None else current.number,
+        }
+
+    try:
+        yield
+    except SignalException as error:
+        log.emit(events.JobStopped(signal=int(error.sigval), step=where()["step"]))
+        raise
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        reason = f"rank {rank}: exit code {failure.exitcode}: {_first_message(failure)}"
+        exit_code = int(exit_code_of(error))
+        log.emit(events.JobFailed(reason=reason, generation=where()["generation"], exit_code=exit_code))
+        raise
+    except Exception as error:
+        log.emit(events.JobFailed(reason=_one_line(error), generation=where()["generation"]))
+        raise
+    if agent.requeue:
+        log.emit(events.JobStopped(signal=0, step=where()["step"], requeue=True))
+    else:
+        log.emit(events.JobFinished(**where()))
+
+
+def _first_message(failure: ProcessFailure) -> str:
+    message = failure.message
+    return _first_line(str(message.get("message", "")) if isinstance(message, dict) else str(message))
+
+
 def _one_line(error: BaseException) -> str:
+    return _first_line(str(error)) or type(error).__name__
+
+
+def _first_line(text: str) -> str:
     """The first line that says something; some of torch's messages begin with an empty one."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from autoglm_elastic import settings
-from autoglm_elastic.agent import flags
+from autoglm_elastic.agent import flags, launcher
 from autoglm_elastic.errors import ElasticError, ExitCode
 
 _SIGNAL_BASE = 128
@@ -27,8 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.args.print_config:
             _print_config(command, argv)
             return ExitCode.DONE
-        from autoglm_elastic.agent import launcher
-
         return launcher.launch(command)
     except ElasticError as error:
         _say(str(error))
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChildFailedError as error:
         # As the last section of torchrun's traceback, for people and tools that look for it.
         print(f"{ChildFailedError.__module__}.{ChildFailedError.__name__}: {error}", file=sys.stderr)
-        return _exit_code_of(error)
+        return launcher.exit_code_of(error)
     except SignalException as error:
         _say(f"stopped by {error.sigval.name}")
         return _SIGNAL_BASE + error.sigval
@@ -47,11 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     print(f"autoglm-run: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _exit_code_of(error: ChildFailedError) -> int:
-    codes = {failure.exitcode for failure in error.failures.values()}
-    return ExitCode.DO_NOT_RESTART if ExitCode.DO_NOT_RESTART in codes else ExitCode.FAILED
 
 
 def _print_config(command: flags.Command, argv: Sequence[str]) -> None:
