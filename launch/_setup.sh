@@ -56,7 +56,7 @@ choose_environment() {
 
 make_environment() {
     local python options=()
-    if [ -e "$ENVIRONMENT" ] && [ ! -e "$ENVIRONMENT/pyvenv.cfg" ]; then
+    if compgen -G "$ENVIRONMENT/*" >/dev/null && [ ! -e "$ENVIRONMENT/pyvenv.cfg" ]; then
         fail "$ENVIRONMENT is not a Python environment" "name a new folder in AUTOGLM_VENV"
     fi
     python="$(find_python)"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_elastic.core import lifecycle
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "autoglm_elastic"
 LINES_MAX = 500
@@ -26,6 +28,7 @@ WALL_CLOCK = {
     "autoglm_elastic/coordination/clock.py": "the clock",
     "autoglm_elastic/agent/supervisor.py": "stamps an event for people",
     "autoglm_elastic/training/metrics.py": "stamps a row for people",
+    "autoglm_elastic/training/session.py": "stamps a commit for people",
     "autoglm_elastic/bench/jobs.py": "compares with what another process stamped",
     "autoglm_elastic/bench/kills.py": "compares with what another process stamped",
 }
@@ -223,3 +226,8 @@ def test_python_in_documents_compiles(document: Path) -> None:
     """An example that cannot be pasted is worse than none."""
     for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.DOTALL | re.MULTILINE):
         compile(block, _name(document), "exec")
+
+
+def test_the_lifecycle_in_the_design_is_that_of_the_code() -> None:
+    """A diagram that is drawn by hand is wrong after a month."""
+    assert lifecycle.diagram().strip() in (REPOSITORY / "docs" / "design.md").read_text()
