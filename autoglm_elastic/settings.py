@@ -90,7 +90,16 @@ class Snapshot(_Group, frozen=True):
 
 
 class Restart(_Group, frozen=True):
-    """What counts as progress, which forgives earlier failures (`--max-restarts` is the budget)."""
+    """What counts as progress, which forgives earlier failures; how many may follow each other without any."""
+
+    max_failures: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="A job that commits steps: failures without a new one that do not end it yet "
+            "(or --max-restarts, if that is more; for other scripts that alone counts, as under torchrun).",
+        ),
+    ] = 3
 
     progress_s: Annotated[
         float,
@@ -270,7 +279,9 @@ def to_yaml(explained: Iterable[Explained]) -> str:
 
 def defaults_yaml() -> str:
     """`configs/default.yaml`: every setting at its default, under its meaning."""
-    lines = ["# Every setting at its default. Give a file with the ones to change: autoglm-run --config FILE …"]
+    lines = [
+        "# Every setting at its default. Give a file with the ones to change: autoglm-run --config FILE …"
+    ]
     group = ""
     for field in _FIELDS.values():
         section, _, leaf = field.name.partition(".")

@@ -179,6 +179,7 @@ def _our_rdzv_configs(
         "first_generation": first_generation,
         "max_restarts": config.max_restarts,
         "progress_s": settings.restart.progress_s,
+        "max_failures": settings.restart.max_failures,
         "nproc": config.nproc_per_node,
         "role": config.role,
     }

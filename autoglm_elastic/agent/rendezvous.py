@@ -62,7 +62,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
     `hosts_store`: it lives in this process. `current`: the generation last entered.
 
     `params.config` (`--rdzv-conf`; strings or numbers): `join_timeout` or `timeout`, `join_window_s`,
-    `lease_s`, `first_generation`, `max_restarts`, `progress_s`, `node`, `nproc`, `role`, `is_host`.
+    `lease_s`, `first_generation`, `max_restarts`, `max_failures`, `progress_s`, `node`, `nproc`, `role`, `is_host`.
 
     Raises (construction):
         UsageError: an endpoint or option that makes no sense.
@@ -80,6 +80,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             join_window_s=_number(params, "join_window_s", JOIN_WINDOW_S),
             join_timeout_s=self._join_timeout_s,
             progress_s=_number(params, "progress_s", PROGRESS_S),
+            max_failures=int(_number(params, "max_failures", 0)),
         )
         node = str(params.get("node") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
         nproc, role = int(_number(params, "nproc", 1)), str(params.get("role") or "default")

@@ -261,7 +261,7 @@ class Supervisor:
             slot.exit_code = exit_code
             slot.unwind_deadline = None
             slot.note()
-            if not (slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)):
+            if slot.pending is not None or not (slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)):
                 self._on_death(slot)
         if self._running and self._all_finished():
             self._finish()

@@ -1,25 +1,27 @@
 """The restart budget: how many failures without progress a job may have.
 
-A job that makes progress is not charged for old failures. Progress is a committed step that is newer than any
+A job that makes progress is not charged for old failures. One that commits steps has a budget of its own:
+`max_restarts` speaks of restarts of a group, which such a job hardly has. Progress is a committed step that is newer than any
 seen at an earlier failure; for a job that never committed one (a script that knows nothing of us), it is a
 group that stayed up for `progress_s`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoglm_elastic.core.failure import Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`failures` since the last progress, `step` the newest committed step seen at a failure (-1: none),
+    """`max_failures`: for a job that has committed a step, when it is more than `max_restarts`. `failures` since the last progress, `step` the newest committed step seen at a failure (-1: none),
     `first` the first failure since the last progress: the one to be named, since later ones are often its
     echo."""
 
     max_restarts: int
     progress_s: float
+    max_failures: int = 0
     failures: int = 0
     step: int = -1
     first: Failure | None = None
@@ -35,7 +37,12 @@ class Budget:
         step = max(self.step, failure_step)
         progressed = step > self.step if step >= 0 else alive_s >= self.progress_s
         if progressed or self.failures == 0:
-            budget = Budget(self.max_restarts, self.progress_s, 1, step, failure)
+            budget = replace(self, failures=1, step=step, first=failure)
         else:
-            budget = Budget(self.max_restarts, self.progress_s, self.failures + 1, step, self.first)
-        return budget, budget.failures <= self.max_restarts
+            budget = replace(self, failures=self.failures + 1, step=step)
+        return budget, budget.failures <= budget.allowed
+
+    @property
+    def allowed(self) -> int:
+        """Failures without progress that a restart still follows."""
+        return self.max_restarts if self.step < 0 else max(self.max_restarts, self.max_failures)

@@ -56,6 +56,14 @@ class Generation:
     failures: int = 0
     committed_step: int = -1
     first_failure: Failure | None = None
+    grown_from: tuple[tuple[int, int], ...] = ()
+
+    def nodes_of(self, number: int) -> tuple[str, ...] | None:
+        """The nodes of this generation or of one it only grew from; None for any other: that one is stale."""
+        for known, count in (*self.grown_from, (self.number, len(self.placements))):
+            if known == number:
+                return tuple(place.node for place in self.placements[:count])
+        return None
 
     def placement(self, node: str) -> Placement | None:
         return next((place for place in self.placements if place.node == node), None)
@@ -64,7 +72,10 @@ class Generation:
         return sum(place.nproc for place in self.placements if place.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"placements": [asdict(place) for place in self.placements]}
+        return asdict(self) | {
+            "placements": [asdict(place) for place in self.placements],
+            "grown_from": [list(pair) for pair in self.grown_from],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Generation:
@@ -93,6 +104,7 @@ class Generation:
             failures=int(data["failures"]),
             committed_step=int(data["committed_step"]),
             first_failure=None if failure is None else Failure.from_json(failure),
+            grown_from=tuple((int(number), int(count)) for number, count in data["grown_from"]),
         )
         if generation.world_size != sum(place.nproc for place in generation.placements):
             raise ValueError(f"generation {generation.number}: world size and placements do not agree")

@@ -14,6 +14,11 @@ CONFLICT, or when
 
 Events may be duplicated or late: what names another generation than the current one, or an older incarnation,
 is ignored. One generation is charged to the restart budget once, however many of its workers die.
+
+A planned generation is entered at a boundary; until then the one it grew from runs on, and may end there:
+news of it still counts (`Generation.nodes_of`). For an agent that means: workers that end well in a
+generation that the newest one grew from are reported `Finished` in *that* generation; in any other older one
+they came too late, and the newest one needs new workers in their place.
 """
 
 from __future__ import annotations
@@ -54,8 +59,7 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Policy:
     """`join_window_s`: how long the first round waits for more nodes once there are enough. `join_timeout_s`:
-    how long too few nodes are waited for. `progress_s`: how long a group without commits must stay up to
-    count as progress."""
+    how long too few nodes are waited for. `max_restarts`, `max_failures`, `progress_s`: see `core.budget`."""
 
     nodes_min: int
     nodes_max: int
@@ -63,6 +67,7 @@ class Policy:
     join_window_s: float
     join_timeout_s: float
     progress_s: float
+    max_failures: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes_min <= self.nodes_max:
@@ -189,7 +194,7 @@ def start(policy: Policy, *, first_generation: int, now: float) -> LeaderState:
         policy=policy,
         next_number=first_generation,
         phase=Phase.FORMING,
-        budget=Budget(policy.max_restarts, policy.progress_s),
+        budget=Budget(policy.max_restarts, policy.progress_s, policy.max_failures),
         waiting_since=now,
         started_at=now,
     )
@@ -225,7 +230,7 @@ def _member_up(state: LeaderState, event: MemberUp) -> _Step:
         seen = replace(state, members=(*state.members, member), unseen=state.unseen - {member.node})
         return _evaluate(seen, now)
     # A newer incarnation: the workers that the current generation counts on are gone.
-    state, effects = _lose(state, (member.node,), f"node {member.node} started anew", now, -1)
+    state, effects = _lose(state, (member.node,), _started_anew(member.node), now, -1)
     if effects:
         return state, effects
     state = replace(state, members=(*state.members, member), fresh=state.fresh | {member.node})
@@ -245,18 +250,16 @@ def _member_down(state: LeaderState, event: MemberDown) -> _Step:
 
 
 def _broken(state: LeaderState, event: Broken) -> _Step:
-    current = state.generation
-    if current is None or event.generation != current.number or state.phase is not Phase.RUNNING:
+    if state.phase is not Phase.RUNNING or not _counts(state, event.node, event.generation):
         return state, ()
-    if current.placement(event.node) is None or event.node in state.finished:
+    if event.node in state.finished:
         return state, ()
     state, effects = _charge(state, str(event.failure), event.failure, event.now, event.alive_s)
     return (state, effects) if effects else _evaluate(state, event.now)
 
 
 def _finished(state: LeaderState, event: Finished) -> _Step:
-    current = state.generation
-    if current is None or event.generation != current.number or current.placement(event.node) is None:
+    if not _counts(state, event.node, event.generation):
         return state, ()
     return _evaluate(replace(state, finished=state.finished | {event.node}), event.now)
 
@@ -280,7 +283,12 @@ def _adopted(state: LeaderState, event: Adopted) -> _Step:
         next_number=max(state.next_number, found.number + 1),
         phase=Phase.RUNNING,
         budget=Budget(
-            policy.max_restarts, policy.progress_s, found.failures, found.committed_step, found.first_failure
+            policy.max_restarts,
+            policy.progress_s,
+            policy.max_failures,
+            found.failures,
+            found.committed_step,
+            found.first_failure,
         ),
         generation=found,
         sealed_at=now,
@@ -326,7 +334,7 @@ def _charge(state: LeaderState, reason: str, failure: Failure, now: float, alive
     if allowed:
         return broken, ()
     count = "1 failure" if budget.failures == 1 else f"{budget.failures} failures"
-    text = f"{count} without a new committed step (max_restarts {budget.max_restarts}); first: {budget.first}"
+    text = f"{count} without a new committed step ({budget.allowed} allowed); first: {budget.first}"
     return broken, (FailJob(text, budget.first),)
 
 
@@ -356,14 +364,15 @@ def _evaluate_forming(state: LeaderState, now: float) -> _Step:
 def _evaluate_running(state: LeaderState, now: float) -> _Step:
     if state.generation is None:
         return state, ()
-    working = [place.node for place in state.generation.placements if place.node not in state.finished]
-    if not working:
+    nodes = [place.node for place in state.generation.placements]
+    sizes = [*(count for _, count in state.generation.grown_from), len(nodes)]
+    if any(state.finished.issuperset(nodes[:size]) for size in sizes):
         return replace(state, phase=Phase.ENDED), (FinishJob(),)
     if state.unseen:
         return state, (WakeAt(state.unseen_until),)
     newcomers = [member.node for member in _eligible(state) if member.node in state.fresh]
     # Once a node is done the job is about to end: a newcomer would only disturb it.
-    if not newcomers or len(working) < len(state.generation.placements):
+    if not newcomers or not state.finished.isdisjoint(nodes):
         return state, ()
     return _seal(state, now, planned=True, reason=f"{_nodes(newcomers)} joined")
 
@@ -375,7 +384,11 @@ def _evaluate_broken(state: LeaderState, now: float) -> _Step:
     # Who has finished has done its part: the others may go on without it.
     if not eligible or len(eligible) + len(state.finished) < state.policy.nodes_min:
         return _too_few(state, now, state.waiting_since)
-    newcomers = [member.node for member in eligible if member.node in state.fresh]
+    newcomers = [
+        member.node
+        for member in eligible
+        if member.node in state.fresh and state.reason != _started_anew(member.node)
+    ]
     joined = f"; {_nodes(newcomers)} joined" if newcomers else ""
     return _seal(state, now, planned=False, reason=state.reason + joined)
 
@@ -397,9 +410,13 @@ def _too_few(state: LeaderState, now: float, since: float) -> _Step:
 
 def _seal(state: LeaderState, now: float, *, planned: bool, reason: str) -> _Step:
     placements = place(_eligible(state))
+    before = state.generation
+    grown_from: tuple[tuple[int, int], ...] = ()
+    if planned and before is not None:
+        grown_from = (*before.grown_from, (before.number, len(before.placements)))
     generation = Generation(
         number=state.next_number,
-        parent=-1 if state.generation is None else state.generation.number,
+        parent=-1 if before is None else before.number,
         placements=placements,
         world_size=sum(placement.nproc for placement in placements),
         planned=planned,
@@ -408,6 +425,7 @@ def _seal(state: LeaderState, now: float, *, planned: bool, reason: str) -> _Ste
         failures=state.budget.failures,
         committed_step=state.budget.step,
         first_failure=state.budget.first,
+        grown_from=grown_from,
     )
     inside = {placement.node for placement in placements}
     sealed = replace(
@@ -441,6 +459,13 @@ def _placed(state: LeaderState, node: str) -> Placement | None:
     return None if state.generation is None else state.generation.placement(node)
 
 
+def _counts(state: LeaderState, node: str, number: int) -> bool:
+    """Whether news of `node` from generation `number` still counts: it is the current one, or that only grew
+    from it."""
+    nodes = None if state.generation is None else state.generation.nodes_of(number)
+    return nodes is not None and node in nodes
+
+
 def _works(state: LeaderState, node: str) -> bool:
     """Whether the current generation counts on this node."""
     return _placed(state, node) is not None and node not in state.fresh and node not in state.finished
@@ -448,6 +473,10 @@ def _works(state: LeaderState, node: str) -> bool:
 
 def _count(nodes: int) -> str:
     return "1 node" if nodes == 1 else f"{nodes} nodes"
+
+
+def _started_anew(node: str) -> str:
+    return f"node {node} started anew"
 
 
 def _nodes(names: Sequence[str]) -> str:

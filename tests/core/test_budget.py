@@ -60,3 +60,14 @@ def test_a_failure_reads_as_one_line() -> None:
     assert len(raised.message) == 500
     assert Failure.from_json(raised.to_json()) == raised
     assert describe_exit(-64) == "signal 64"
+
+
+def test_a_job_that_commits_steps_has_a_budget_of_its_own() -> None:
+    budget = Budget(max_restarts=0, progress_s=60.0, max_failures=2)
+    _, ok = budget.charge(-1, 1.0)
+    assert not ok, "nothing was ever committed: torchrun's rule"
+    for _ in range(2):
+        budget, ok = budget.charge(10, 1.0)
+        assert ok
+    _, ok = budget.charge(10, 1.0)
+    assert not ok

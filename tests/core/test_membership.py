@@ -162,7 +162,7 @@ def test_a_node_that_started_anew_before_it_was_missed_was_lost() -> None:
     leader = running("abc").feed(up("a", 20.0, incarnation=2))
     assert leader.nodes == "bca"
     assert not leader.last.planned
-    assert leader.last.reason == "node a started anew; node a joined"
+    assert leader.last.reason == "node a started anew"
     assert leader.last.restart_count == 1
     late = leader.feed(MemberDown("a", 21.0, incarnation=1))
     assert late.nodes == "bca"
@@ -211,7 +211,7 @@ def test_failures_without_progress_end_the_job_with_the_first_error() -> None:
     (failed,) = leader.failed
     assert failed.first_failure == first
     assert failed.reason == (
-        "3 failures without a new committed step (max_restarts 2); "
+        "3 failures without a new committed step (2 allowed); "
         "first: rank 0 on node a died: exit code 1: ValueError: boom"
     )
     assert leader.state.phase is Phase.ENDED
@@ -247,6 +247,21 @@ def test_finished_nodes_are_not_placed_again_and_nobody_joins_the_end() -> None:
 def test_finished_nodes_count_towards_the_minimum() -> None:
     leader = running("ab").feed(Finished("a", 0, 20.0), broken("b", 0, 21.0))
     assert leader.nodes == "b"
+
+
+def test_the_job_may_end_in_the_generation_that_a_planned_one_grew_from() -> None:
+    leader = running("ab").feed(up("c", 20.0))
+    assert leader.last.grown_from == ((0, 2),)
+    leader.feed(Finished("a", 0, 21.0), Finished("c", 0, 21.0), Finished("b", 0, 22.0))
+    assert leader.effects[-1] == FinishJob()
+
+
+def test_what_breaks_before_a_planned_generation_is_entered_breaks_it() -> None:
+    leader = running("ab").feed(up("c", 20.0), Finished("a", 0, 21.0), broken("b", 0, 22.0))
+    assert leader.nodes == "bc"
+    assert leader.last.grown_from == ()
+    before = leader.state
+    assert leader.feed(broken("b", 0, 23.0), broken("b", 1, 23.0), Finished("b", 1, 23.0)).state == before
 
 
 def test_too_few_because_the_others_are_done_says_so() -> None:
@@ -293,7 +308,7 @@ def test_members_met_before_the_adoption_count() -> None:
     found = running("abc").last
     leader = Leader().feed(up("a", 1.0), up("c", 1.0, incarnation=3), Adopted(found, 100.0), up("b", 101.0))
     assert leader.nodes == "abc"
-    assert leader.last.reason == "node c started anew; node c joined"
+    assert leader.last.reason == "node c started anew"
 
 
 def test_a_new_leader_remembers_the_budget() -> None:
