@@ -1,0 +1,62 @@
+"""What a seed draws: a world, how bad its network and disk are, and the faults that strike it."""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+from autoglm_elastic.sim.config import Fault, SimConfig
+
+FAULTS_MAX: Final = 6
+FAULTS_UNTIL_S: Final = 20.0
+"""Faults come while the job runs; then it is left alone and must end (I8)."""
+
+KINDS: Final = (
+    "kill-worker",
+    "kill-worker",
+    "kill-node",
+    "crash-effect",
+    "crash-effect",
+    "pause-worker",
+    "pause-agent",
+    "pause-node",
+    "cut-node",
+)
+
+
+def random_config(seed: int, *, nodes: int = 3) -> SimConfig:
+    """A configuration that is a function of the seed alone. `nodes` is the largest world drawn."""
+    draw = random.Random(f"config {seed}")  # noqa: S311  a simulation must be repeatable, not secret
+    count = draw.randint(1, nodes)
+    names = [chr(ord("a") + index) if count <= 26 else f"n{index}" for index in range(count)]
+    nodes_min = draw.randint(1, count)
+    workers = draw.choice((1, 1, 2, 3))
+    faults = tuple(_fault(draw, names, workers) for _ in range(draw.randint(0, FAULTS_MAX)))
+    return SimConfig(
+        nodes=count,
+        nodes_min=nodes_min,
+        nodes_max=draw.choice((count, count, max(nodes_min, count - 1))),
+        workers=workers,
+        steps=draw.choice((6, 10, 14)),
+        snapshot_every=draw.choice((1, 2, 3, 5)),
+        sharded=draw.random() < 0.35,
+        max_restarts=draw.choice((1, 2)) if draw.random() < 0.1 else 1000,
+        lost_message=draw.choice((0.0, 0.0, 0.1, 0.4)),
+        repeated_message=draw.choice((0.0, 0.1)),
+        unknown=draw.choice((0.0, 0.0, 0.05, 0.3)),
+        write_failure=draw.choice((0.0, 0.0, 0.1, 1.0)),
+        faults=faults,
+    )
+
+
+def _fault(draw: random.Random, names: list[str], workers: int) -> Fault:
+    kind = draw.choice(KINDS)
+    target = "rank0" if draw.random() < 0.4 else f"{draw.choice(names)}.{draw.randrange(workers)}"
+    long = draw.random() < 0.6
+    return Fault(
+        kind,
+        target,
+        at_s=round(draw.uniform(0.0, FAULTS_UNTIL_S), 3),
+        duration_s=round(draw.uniform(3.0, 12.0) if long else draw.uniform(0.1, 3.0), 3),
+        effects=draw.randint(1, 8),
+    )
