@@ -242,7 +242,8 @@ class SessionLoop:
             self._keys,
             leadership,
             policy=self._policy,
-            first_generation=self._first_generation,
+            # On a store that began anew (its host was restarted) numbers still only grow.
+            first_generation=max(self._first_generation, self._told_generation + 1),
             clock=self._clock,
         )
         with self.changed:

@@ -62,7 +62,8 @@ class AutoglmRendezvousHandler(RendezvousHandler):
     `hosts_store`: it lives in this process. `current`: the generation last entered.
 
     `params.config` (`--rdzv-conf`; strings or numbers): `join_timeout` or `timeout`, `join_window_s`,
-    `lease_s`, `first_generation`, `max_restarts`, `max_failures`, `progress_s`, `node`, `nproc`, `role`, `is_host`.
+    `lease_s`, `first_generation`, `max_restarts`, `max_failures`, `progress_s`, `node`, `nproc`, `role`,
+    `is_host`.
 
     Raises (construction):
         UsageError: an endpoint or option that makes no sense.

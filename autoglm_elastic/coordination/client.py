@@ -290,10 +290,13 @@ class StoreClient:
     def _note_loss(self) -> bool:
         with self._lock:
             self._connected = False
-            for call in self._calls.values():
-                if call.sent and not call.repeatable:
-                    call.finish(error=StoreUnavailable(f"lost the store at {self._where}", sent=True))
+            self._fail_unrepeatable()
             return not self._gone
+
+    def _fail_unrepeatable(self) -> None:
+        for call in self._calls.values():
+            if call.sent and not call.repeatable and not call.done.is_set():
+                call.finish(error=StoreUnavailable(f"lost the store at {self._where}", sent=True))
 
     def _reconnect(self, why: str) -> bool:
         give_up_at = self._clock.monotonic() + limits.RECONNECT_S_MAX
@@ -332,15 +335,14 @@ class StoreClient:
                 for number, watch in self._watches.items()
             ]
             waiting = [call for call in self._calls.values() if not call.done.is_set()]
+            for call in waiting:
+                call.sent = True
             try:
                 for request in requests + [call.request for call in waiting]:
                     channel.send(wire.frame(request))
             except OSError:
-                for call in waiting:
-                    call.sent = True
+                self._fail_unrepeatable()
                 return False
-            for call in waiting:
-                call.sent = True
             self._connected = True
             self._lock.notify_all()
             return True
