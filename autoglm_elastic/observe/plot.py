@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,9 @@ _INCIDENT: Final = "#dc2626"
 _GROWTH: Final = "#059669"
 _WORLD: Final = "#93b4e8"
 _DPI: Final = 150
+SMOOTHED_PARTS: Final = 40
+"""A long curve is shown as means over a fortieth of it, with the single steps behind: the noise of batches is
+no news."""
 
 
 def loss_curve(
@@ -77,6 +81,11 @@ def _losses(chain: Sequence[Metric]) -> list[float]:
     return [math.nan if metric.loss is None else metric.loss for metric in chain]
 
 
+def _smoothed(losses: Sequence[float], span: int) -> list[float]:
+    """The mean of each value and the `span - 1` before it: never of what came later."""
+    return [statistics.fmean(losses[max(0, end - span) : end]) for end in range(1, len(losses) + 1)]
+
+
 def _plain(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -86,22 +95,26 @@ def _plain(axes: Axes) -> None:
 
 
 def _draw_loss(axes: Axes, chain: Sequence[Metric], undisturbed: Sequence[Metric]) -> None:
+    span = max(1, len(chain) // SMOOTHED_PARTS)
+    mean = f", mean of {span} steps" if span > 1 else ""
     if undisturbed:
         axes.plot(
             [m.step for m in undisturbed],
-            _losses(undisturbed),
+            _smoothed(_losses(undisturbed), span),
             color=_UNDISTURBED,
             linewidth=5,
             alpha=0.55,
-            label="undisturbed run, same seed",
+            label=f"undisturbed run, same seed{mean}",
             solid_capstyle="round",
         )
+    if span > 1:
+        axes.plot([m.step for m in chain], _losses(chain), color=_LOSS, linewidth=0.7, alpha=0.3)
     axes.plot(
         [m.step for m in chain],
-        _losses(chain),
+        _smoothed(_losses(chain), span),
         color=_LOSS,
         linewidth=1.6,
-        label="this run",
+        label=f"this run{mean}",
     )
     _plain(axes)
     axes.set_ylabel("loss", color=_INK)
@@ -144,7 +157,8 @@ def _mark_incidents(axes: Axes, strip: Axes, report: Report, chain: Sequence[Met
 
 
 def _mark_snapshots(axes: Axes, report: Report, chain: Sequence[Metric]) -> None:
-    loss = {metric.step: metric.loss for metric in chain if metric.loss is not None}
+    means = _smoothed(_losses(chain), max(1, len(chain) // SMOOTHED_PARTS))
+    loss = {metric.step: mean for metric, mean in zip(chain, means, strict=True)}
     committed = [note.step for note in report.snapshots if note.outcome == "committed"]
     steps = [step for step in committed if step in loss]
     if steps:

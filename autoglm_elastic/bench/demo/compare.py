@@ -92,20 +92,24 @@ def _comparison(disturbed: Outcome, undisturbed: Outcome) -> Promise:
     text = f"held-out loss {disturbed.eval_loss:.6f}, undisturbed {undisturbed.eval_loss:.6f}"
     if ours["digest"] == theirs["digest"]:
         return Promise(True, f"{text}: the parameters are equal to the last bit")
+    curve = curve_difference(disturbed, undisturbed)
+    along = "" if curve is None else f", loss curves by at most {curve:.1e}"
     return Promise(
         difference <= EVAL_LOSS_MAX,
-        f"{text}: apart by {difference:.1e} (equal samples in equal order; sums are taken in another order on"
-        " another number of workers)",
+        f"{text}: apart by {difference:.1e}{along} (the same samples in the same order, but"
+        " two workers add up in another order than four)",
     )
 
 
 def curve_difference(disturbed: Outcome, undisturbed: Outcome) -> float | None:
-    """Largest difference of the two loss curves, over the steps that both have; None when they have none in
-    common."""
-    theirs = {metric.step: metric.loss for metric in metrics.lineage(undisturbed.steps)}
+    """Largest difference of the two loss curves, None when they cannot be compared.
+
+    A step's loss is that of rank 0's share, so only steps that both did with as many workers are compared.
+    """
+    theirs = {(m.step, m.world_size): m.loss for m in metrics.lineage(undisturbed.steps)}
     differences = [
         abs(metric.loss - other)
         for metric in metrics.lineage(disturbed.steps)
-        if metric.loss is not None and (other := theirs.get(metric.step)) is not None
+        if metric.loss is not None and (other := theirs.get((metric.step, metric.world_size))) is not None
     ]
     return max(differences, default=None)
