@@ -21,7 +21,7 @@ STORE_CONNECT_S: Final = 60.0
 
 
 def backend_name() -> str:
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 class Groups:

@@ -29,6 +29,22 @@ _FILLS: Final = frozenset(
 )
 
 
+_RECIPES: Final = frozenset(
+    getattr(nn.init, name)
+    for name in (
+        "uniform_",
+        "normal_",
+        "trunc_normal_",
+        "xavier_uniform_",
+        "xavier_normal_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "orthogonal_",
+        "sparse_",
+    )
+)
+
+
 class SkippedInitialization(TorchFunctionMode):
     """Active from `start` to `stop`; at most once."""
 
@@ -61,7 +77,10 @@ class SkippedInitialization(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _FILLS and args and isinstance(args[0], nn.Parameter):
-            self._skipped.append((args[0], func, args, kwargs or {}))
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if func in _FILLS or func in _RECIPES:
+            target = args[0] if args else given.get("tensor")
+            if isinstance(target, nn.Parameter):
+                self._skipped.append((target, func, args, given))
+                return target
+        return func(*args, **given)

@@ -125,3 +125,31 @@ def train(
         )
 
     function()
+
+
+def mlp(width: int = 2236) -> None:
+    """For the measurement: 10 million parameters, until killed."""
+    import time
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        c = [time.process_time(), time.thread_time()]
+        torch.manual_seed(0)
+        model = job.replicate(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+        optim = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        c += [time.process_time(), time.thread_time()]
+        job.track(model=model, optim=optim)
+        c += [time.process_time(), time.thread_time()]
+        say(cpu=[round(x*1e3) for x in c])
+        began = time.time()
+        while True:
+            loss = model(torch.randn(8, width)).pow(2).mean()
+            loss.backward()
+            optim.step()
+            optim.zero_grad()
+            job.commit(loss=loss)
+            now = time.time()
+            say(committed=job.step, generation=job.generation, at=now, took=now - began)
+            began = now
+
+    function()

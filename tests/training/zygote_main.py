@@ -52,6 +52,7 @@ def main() -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
+    import autoglm_elastic.training.run
     import jobs  # noqa: F401
 
     woken, wake = os.pipe()
