@@ -172,7 +172,7 @@ class Snapshots(Stored):
             if self._handle is not None:
                 self._handle.wait(PREVIOUS_LIMIT_S)
                 self.collect()
-            self._handle = self.manager.save(step, state, metrics=dict(metrics))
+            self._handle = self.manager.save(step, state, metrics=dict(metrics), agreed=True)
             self._begun_step = step
         except (ElasticError, OSError, RuntimeError) as error:
             self._emit("snapshot.failed", self._failure(step, str(error)))
