@@ -1,4 +1,4 @@
-"""Starts that cannot work: one clear line, the right exit code, nothing lost. And exit codes of those that do.
+"""Starts that cannot work: one clear line, the right exit code, nothing lost; exit codes of others.
 
 Most are tried in this process, without a zygote: they are refused before any worker starts.
 """
