@@ -40,6 +40,7 @@ class Job:
         rank, world, local_rank: of this worker in this generation; `world` is the number of workers.
         step: committed steps so far.
         generation: the number of this membership; it only grows.
+        local_samples: samples of this rank in the batch at hand. With 0 the batch is a stand-in that counts for nothing.
         device: where this worker's tensors belong.
         plan, tier: what the generation resumed from and why; "live", "disk" or "fresh".
     """
@@ -64,6 +65,7 @@ class Job:
         self._restored_at = self._entered_at
         self._control = StepControl(self.world, self._wants)
         self._weight = 1.0 / self.world
+        self.local_samples = 0
         self._pending: dict[str, Cursor] = {}
         self._reducers: list[Reducer] = []
         self._synchronized: list[nn.Module] = []
@@ -176,6 +178,7 @@ class Job:
         def taken(after: Cursor, local: int, total: int) -> None:
             self._pending[name] = after
             self._weight = weight(local, total)
+            self.local_samples = local
             self._begin()
 
         batches = Batches(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from torch.optim import Optimizer
 
 from autoglm_elastic.training import _trees
 from autoglm_elastic.training.outcomes import StateMismatch
+
+BUFFER_BYTES_SMALL: Final = 1 << 20
+"""Buffers up to this size are copied at every commit. A larger one (a mask, a table) only if its version says that it
+changed; batch normalisation does not say so, but its buffers are small."""
 
 Layout = dict[str, Any]
 """{"kind", "body", "specs"}: everything but the bytes of the tensors."""
@@ -121,11 +125,17 @@ class TrackedModule(Tracked):
         self._shadows, self._versions = old._shadows, old._versions
 
     def shadow(self) -> None:
+        now, kept = [], []
         for name, buffer in self.target.named_buffers():
-            kept = self._shadows.get(name)
-            if kept is None or kept[0] != buffer._version:
-                copied = buffer.detach().clone() if kept is None else kept[1].copy_(buffer)
-                self._shadows[name] = (buffer._version, copied)
+            known = self._shadows.get(name)
+            if known is None or known[1].shape != buffer.shape:
+                self._shadows[name] = (buffer._version, buffer.detach().clone())
+            elif buffer.nbytes <= BUFFER_BYTES_SMALL or known[0] != buffer._version:
+                self._shadows[name] = (buffer._version, known[1])
+                now.append(buffer.detach())
+                kept.append(known[1])
+        if now:
+            torch._foreach_copy_(kept, now)
         self._versions = {
             name: parameter._version
             for name, parameter in self.target.named_parameters()
@@ -133,12 +143,14 @@ class TrackedModule(Tracked):
         }
 
     def roll_back(self) -> None:
-        with torch.no_grad():
-            for name, buffer in self.target.named_buffers():
-                kept = self._shadows.get(name)
-                if kept is not None and kept[0] != buffer._version:
-                    buffer.copy_(kept[1])
-                    self._shadows[name] = (buffer._version, kept[1])
+        now, kept = [], []
+        for name, buffer in self.target.named_buffers():
+            known = self._shadows.get(name)
+            if known is not None and known[1].shape == buffer.shape:
+                now.append(buffer.detach())
+                kept.append(known[1])
+        if now:
+            torch._foreach_copy_(now, kept)
 
     def changed_outside(self) -> bool:
         """A parameter that no optimizer owns (a moving average, say) was changed since the last `shadow`."""

@@ -210,6 +210,10 @@ class Cluster:
         self.wait(matches, f"{expected} from pid {worker.pid}")
         return found[0]
 
+    def say_go(self) -> None:
+        """For a worker that waits for it before it goes on."""
+        self.alive[0].report.send(b"go")
+
     def wait_exits(self, *, code: int | None = 0) -> None:
         """All living workers end, with this exit code."""
         self.wait(lambda: all(worker.pid in self.zygote.exits for worker in self.alive), "end of the workers")

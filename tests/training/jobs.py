@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
+import time
 from typing import Any
 
 import torch
@@ -21,17 +23,16 @@ def say(**what: Any) -> None:
         _report.send(json.dumps(what).encode())
 
 
+def wait_to_go() -> None:
+    assert _report is not None
+    _report.recv(16)
+
+
 def stop_here(**what: Any) -> None:
     """Say so, then wait to be killed."""
     say(**what)
     while True:
-        signal_pause()
-
-
-def signal_pause() -> None:
-    import signal
-
-    signal.pause()
+        signal.pause()
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -72,9 +73,14 @@ def train(
     dropout: float = 0.0,
     scheduler: bool = False,
     norm: bool = False,
-    hold_at: int | None = None,
+    holds: list[list[int]] | None = None,
+    swallow: bool = False,
 ) -> None:
-    """A small regression. `die`: {"rank", "step", "pid"?}: that rank stops in the middle of that step, once."""
+    """A small regression.
+
+    `die`: {"rank", "step"}: that rank stops in the middle of that step of its first generation. `holds`: [generation,
+    step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to go on.
+    """
     data = Regression(size)
     entered = 0
 
@@ -98,19 +104,34 @@ def train(
         for index, x, y in job.batches(data, batch, epochs=1000):
             if job.step >= steps:
                 break
-            if hold_at == job.step and entered == 1:
+            if [job.generation, job.step, job.rank] in (holds or []):
                 stop_here(holding=job.step)
+            if job.rank == 0 and [job.generation, job.step, -1] in (holds or []):
+                say(waiting=job.step)
+                wait_to_go()
             loss = (model(x) - y).pow(2).mean()
             if die and entered == 1 and job.generation == die.get("generation", 0):
                 if (job.rank, job.step) == (die["rank"], die["step"]):
                     stop_here(dying=job.step)
-            loss.backward()
+            if swallow:
+                try:
+                    loss.backward()
+                except Exception as error:
+                    say(swallowed=type(error).__name__)
+            else:
+                loss.backward()
             optim.step()
             optim.zero_grad()
             if scheduler:
                 tracked["scheduler"].step()
+            say(
+                trying=job.step + 1,
+                rank=job.rank,
+                indices=index.tolist() if job.local_samples else [],
+                generation=job.generation,
+            )
             job.commit(loss=loss)
-            say(committed=job.step, indices=index.tolist(), generation=job.generation, loss=float(loss))
+            say(committed=job.step, generation=job.generation, loss=loss.item())
         state = {name: tensor for name, tensor in model.state_dict().items()}
         moments = {f"{i}.{k}": v for i, s in enumerate(optim.state.values()) for k, v in s.items()}
         say(
@@ -129,8 +150,6 @@ def train(
 
 def mlp(width: int = 2236) -> None:
     """For the measurement: 10 million parameters, until killed."""
-    import time
-
     @elastic.run
     def function(job: elastic.Job) -> None:
         c = [time.process_time(), time.thread_time()]

@@ -32,7 +32,7 @@ def main(kills: int) -> None:
             totals.append(max(said["at"] for said in first) - began)
             print(f"kill {kill}: {totals[-1] * 1e3:.0f} ms; death seen {(killed - began) * 1e3:.0f},", end=" ")
             print(f"worlds sent and forked {(forked - killed) * 1e3:.0f}")
-            print([[s for s in w.said if "cpu" in s][-1] for w in cluster.alive])
+
             for worker, said in zip(cluster.alive, first, strict=True):
                 phases = cluster.resumed(kill)
                 mine = next(r for r in worker.told if r in phases)

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from harness import Cluster, Zygote
 
 
-def undisturbed(zygote: Zygote, folder: Path, job: str, args: dict, workers: int) -> list[dict]:
+def undisturbed(zygote: Zygote, folder: Path, args: dict[str, Any], workers: int) -> list[dict[str, Any]]:
     folder.mkdir()
-    with Cluster(zygote, folder, job, args) as cluster:
+    with Cluster(zygote, folder, "train", args) as cluster:
         cluster.start(workers)
         cluster.wait_exits()
         return cluster.results()
 
 
-def test_a_survivor_keeps_its_process_and_no_step_is_lost(zygote: Zygote, tmp_path: Path) -> None:
-    args = {"steps": 12, "dropout": 0.2, "die": {"rank": 1, "step": 6}}
+def committed_indices(cluster: Cluster) -> dict[int, list[int]]:
+    """Step → sample indices over all ranks, in the newest generation that got as far as its commit."""
+    newest: dict[int, tuple[int, dict[int, list[int]]]] = {}
+    for worker in cluster.all:
+        for said in worker.said:
+            if "trying" not in said:
+                continue
+            step, generation = said["trying"], said["generation"]
+            if step not in newest or newest[step][0] < generation:
+                newest[step] = (generation, {})
+            if newest[step][0] == generation:
+                newest[step][1][said["rank"]] = said["indices"]
+    return {step: [i for rank in sorted(by) for i in by[rank]] for step, (_, by) in newest.items()}
+
+
+@pytest.mark.parametrize("extra", [{"dropout": 0.2}, {"norm": True, "scheduler": True}], ids=["dropout", "norm"])
+def test_a_survivor_keeps_its_process_and_no_step_is_lost(
+    zygote: Zygote, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    args = {"steps": 12, "die": {"rank": 1, "step": 6}} | extra
     with Cluster(zygote, tmp_path, "train", args) as cluster:
         cluster.start(2)
         survivor, doomed = cluster.alive
@@ -29,6 +49,55 @@ def test_a_survivor_keeps_its_process_and_no_step_is_lost(zygote: Zygote, tmp_pa
         assert results[0]["entered"] == 2
         assert {r.from_step for r in cluster.resumed(1)} == {6}
         assert {r.tier for r in cluster.resumed(1)} == {"live"}
-    calm = undisturbed(zygote, tmp_path / "calm", "train", args | {"die": None}, 2)
+    calm = undisturbed(zygote, tmp_path / "calm", args | {"die": None}, 2)
     assert [r["digest"] for r in results] == [r["digest"] for r in calm]
     assert results[0]["digest"] == results[1]["digest"]
+
+
+def test_rank_0_may_die_too(zygote: Zygote, tmp_path: Path) -> None:
+    args = {"steps": 8, "die": {"rank": 0, "step": 3}}
+    with Cluster(zygote, tmp_path, "train", args) as cluster:
+        cluster.start(2)
+        cluster.wait_said(cluster.alive[0], dying=3)
+        cluster.kill(cluster.alive[0])
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        results = cluster.results()
+    calm = undisturbed(zygote, tmp_path / "calm", args | {"die": None}, 2)
+    assert {r["digest"] for r in results} == {r["digest"] for r in calm}
+
+
+def test_four_three_two_four(zygote: Zygote, tmp_path: Path) -> None:
+    """Every sample once an epoch, the same result, at any sequence of worlds; a planned world loses nothing."""
+    args = {"steps": 20, "batch": 6, "size": 27, "holds": [[0, 3, 3], [1, 6, 2], [2, 10, -1]]}
+    with Cluster(zygote, tmp_path, "train", args) as cluster:
+        cluster.start(4)
+        for held_at in (3, 6):
+            doomed = cluster.alive[-1]
+            cluster.wait_said(doomed, holding=held_at)
+            cluster.kill(doomed)
+            cluster.reform()
+        cluster.wait_said(cluster.alive[0], waiting=10)
+        cluster.reform(add=2, planned=True)
+        cluster.say_go()
+        cluster.wait_exits()
+        results = cluster.results()
+        assert len({r["digest"] for r in results}) == 1
+        assert [r["entered"] for r in results] == [4, 4, 1, 1]
+        assert {r.from_step for r in cluster.resumed(2)} == {6}
+        assert min(r.from_step for r in cluster.resumed(3)) >= 10
+        indices = committed_indices(cluster)
+    per_epoch = 5
+    for epoch in range(20 // per_epoch):
+        taken = [i for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for i in indices[step + 1]]
+        assert sorted(taken) == list(range(27))
+    calm = undisturbed(zygote, tmp_path / "calm", {"steps": 20, "batch": 6, "size": 27}, 1)
+    assert results[0]["weights"] == pytest.approx(calm[0]["weights"], rel=1e-4, abs=1e-5)
+
+
+def test_more_ranks_than_samples_in_a_batch(zygote: Zygote, tmp_path: Path) -> None:
+    args = {"steps": 6, "batch": 2, "size": 9}
+    three = undisturbed(zygote, tmp_path / "three", args, 3)
+    one = undisturbed(zygote, tmp_path / "one", args, 1)
+    assert len({r["digest"] for r in three}) == 1
+    assert three[0]["weights"] == pytest.approx(one[0]["weights"], rel=1e-5, abs=1e-6)
