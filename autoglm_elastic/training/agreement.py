@@ -15,7 +15,7 @@ import msgspec
 from autoglm_elastic.core import recovery
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.core.recovery import Holding, Plan
-from autoglm_elastic.errors import CorruptSnapshot, FencedError, PlatformError
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, PlatformError
 from autoglm_elastic.ports import Outcome
 
 
@@ -117,7 +117,7 @@ def _first_good(plan: Plan, stored: Stored) -> tuple[str | None, Mapping[str, An
     for entry in plan.entries:
         try:
             return entry, stored.open(entry)
-        except CorruptSnapshot as error:
+        except ElasticError as error:
             stored.reject(entry, str(error))
     return None, {}
 

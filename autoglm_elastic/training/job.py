@@ -23,7 +23,7 @@ from autoglm_elastic.training.metrics import as_number
 from autoglm_elastic.training.outcomes import MisuseError, WorldChanged
 from autoglm_elastic.training.reduce import Reducer
 from autoglm_elastic.training.shard import shard_module
-from autoglm_elastic.training.snapshots import OURS, Snapshots
+from autoglm_elastic.training.snapshots import OURS, SnapshotRequest, Snapshots
 from autoglm_elastic.training.steps import StepControl
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Job:
         self._synchronized: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._logged: dict[str, Any] = {}
-        self._snapshot_wanted = False
+        self._snapshot_wanted: SnapshotRequest | None = None
         self._started = False
         self._first_commit = True
 
@@ -211,9 +211,10 @@ class Job:
         """Numbers to be written with the next committed step."""
         self._logged |= values
 
-    def snapshot(self) -> None:
+    def snapshot(self) -> SnapshotRequest:
         """Ask for a snapshot. All ranks take it at the same step boundary, at the latest the one after the next."""
-        self._snapshot_wanted = True
+        self._snapshot_wanted = self._snapshot_wanted or SnapshotRequest()
+        return self._snapshot_wanted
 
     def commit(self, **metrics: Any) -> None:
         """The step boundary: the step counts. Not a collective.
@@ -248,12 +249,13 @@ class Job:
             self._give_up(failure)
         values = metrics | self._logged
         self._logged = {}
-        if decision.snapshot or ((decision.leave or decision.stop) and self._snapshots is not None):
+        reshard = decision.leave and self._state.sharded
+        if decision.snapshot or decision.stop or reshard:
             self._begin_snapshot(values)
         if decision.stop:
             self._session.stop(self, self._wait_for_snapshot())
         if decision.leave:
-            if self._state.sharded:
+            if reshard:
                 self._wait_for_snapshot()
             raise WorldChanged(self.generation, "a new world is there")
         if (reason := self._session.why_broken(self.generation)) is not None:
@@ -262,11 +264,11 @@ class Job:
 
     # For the session.
 
-    def finish(self, uncommitted_matters: bool) -> None:
-        """The function returned: a last snapshot, if the newest step is in none."""
-        if self._snapshots is not None and uncommitted_matters:
+    def finish(self, last_snapshot: bool) -> None:
+        """The function returned on all ranks: a last snapshot, if so agreed, and whatever is under way."""
+        if last_snapshot:
             self._begin_snapshot({})
-            self._wait_for_snapshot()
+        self._wait_for_snapshot()
 
     @property
     def needs_last_snapshot(self) -> bool:
@@ -291,7 +293,7 @@ class Job:
         leave = self._session.next_world(self.generation)
         stop = self._session.stop_signal() is not None
         snapshots = self._snapshots
-        due = snapshots is not None and (snapshots.due(boundary) or (self._snapshot_wanted and not snapshots.busy))
+        due = snapshots is not None and (snapshots.due(boundary) or (self._snapshot_wanted is not None and not snapshots.busy))
         return [float(leave), float(stop), float(due)]
 
     def _begin(self) -> None:
@@ -333,11 +335,13 @@ class Job:
     def _begin_snapshot(self, metrics: dict[str, Any]) -> None:
         if self._snapshots is None:
             return
-        self._snapshot_wanted = False
         state = self._state.snapshot()
         state[OURS] = {"job": self.describe(), "layouts": self._state.layouts()}
         numbers = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
-        self._snapshots.begin(self.step, state, numbers)
+        handle = self._snapshots.begin(self.step, state, numbers)
+        if self._snapshot_wanted is not None:
+            self._snapshot_wanted.begun(handle)
+            self._snapshot_wanted = None
 
     def _wait_for_snapshot(self) -> bool:
         return self._snapshots is not None and self._snapshots.wait(STOP_SNAPSHOT_LIMIT_S)

@@ -205,6 +205,8 @@ class Session:
     def _begin(self, world: wire.World, agreement: Agreement) -> None:
         plan = agreement.plan
         load = None
+        if self._snapshots is not None:
+            self._snapshots.resumed_at(max(plan.step, 0))
         if agreement.entry is not None and self._snapshots is not None:
             load = self._snapshots.loader(agreement.entry)
             self._snapshot_step = plan.step

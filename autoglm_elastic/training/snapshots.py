@@ -11,12 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-import torch.distributed as dist
-
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, UsageError
-from autoglm_elastic.ports import Outcome, VotesLost
+from autoglm_elastic.ports import Outcome, Votes, VotesLost
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training.agreement import Stored
 
@@ -32,41 +29,54 @@ PREVIOUS_LIMIT_S: Final = 60.0
 Emit = Callable[[str, dict[str, Any]], None]
 
 
-class GroupVotes:
-    """`ports.Votes` over a gloo group of its own."""
+class LateVotes:
+    """`ports.Votes` over a gloo group that is built at the first snapshot, on the training thread of every rank."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.group: Any = None
+        self._votes: Votes | None = None
+
+    @property
+    def bound(self) -> bool:
+        return self._votes is not None
+
+    def bind(self, group: Any) -> None:
+        from autoglm_elastic.snapshot import GroupVotes
+
+        self._votes = GroupVotes(group)
 
     def gather(self, payload: bytes) -> list[bytes] | None:
-        try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-            dist.all_gather(sizes, torch.tensor([len(payload)]), group=self.group)
-            longest = max(int(size) for size in sizes)
-            mine = torch.zeros(longest, dtype=torch.uint8)
-            mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else mine[:0]
-            received = [torch.empty_like(mine) for _ in sizes] if self.rank == 0 else None
-            dist.gather(mine, received, dst=0, group=self.group)
-        except Exception as error:  # what a backend raises differs from backend to backend
-            raise VotesLost(str(error)) from error
-        if received is None:
-            return None
-        return [data[: int(size)].numpy().tobytes() for data, size in zip(received, sizes, strict=True)]
+        return self._there().gather(payload)
 
     def broadcast(self, payload: bytes | None) -> bytes:
-        data = payload or b""
-        try:
-            size = torch.tensor([len(data)])
-            dist.broadcast(size, 0, group=self.group)
-            tensor = torch.empty(int(size), dtype=torch.uint8)
-            if self.rank == 0 and data:
-                tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            dist.broadcast(tensor, 0, group=self.group)
-        except Exception as error:
-            raise VotesLost(str(error)) from error
-        return tensor.numpy().tobytes()
+        return self._there().broadcast(payload)
+
+    def channel(self, number: int) -> Votes:
+        return self._there().channel(number)
+
+    def _there(self) -> Votes:
+        if self._votes is None:
+            raise VotesLost("the ranks have not met yet")
+        return self._votes
+
+
+class SnapshotRequest:
+    """What `job.snapshot()` returns. The snapshot is taken at a boundary that the ranks agree on."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def begun(self, handle: Any) -> None:
+        self._handle = handle
+
+    def done(self) -> bool:
+        """Decided: committed or failed. False as long as it was not taken."""
+        return self._handle is not None and bool(self._handle.done())
+
+    def wait(self, limit_s: float) -> bool:
+        """True when it is committed within `limit_s`; False at once when the boundary was not reached yet."""
+        return self._handle is not None and bool(self._handle.wait(limit_s).committed)
 
 
 class Snapshots(Stored):
@@ -91,7 +101,7 @@ class Snapshots(Stored):
         from autoglm_elastic.snapshot import CheckpointManager
 
         self.run_dir = run_dir
-        self._votes = GroupVotes(rank, world_size)
+        self._votes = LateVotes(rank, world_size)
         self._votes_group = votes_group
         self.manager: CheckpointManager = CheckpointManager(
             run_dir,
@@ -108,6 +118,7 @@ class Snapshots(Stored):
         self._begun_at = time.monotonic()
         self._handle: Any = None
         self._begun_step = -1
+        self._last_step = 0
         self.committed_step = -1
 
     # What the agreement needs.
@@ -137,6 +148,10 @@ class Snapshots(Stored):
 
     # What the running job needs.
 
+    def resumed_at(self, step: int) -> None:
+        """Where the generation begins: steps count from there."""
+        self._last_step = step
+
     def loader(self, entry: str) -> Callable[[dict[str, Any]], None]:
         def load(state: dict[str, Any]) -> None:
             report = self.manager.load(state, entry=entry, strict=False)
@@ -149,7 +164,8 @@ class Snapshots(Stored):
         """Rank 0's decision; the others follow it. Never while one is under way."""
         if self._rank != 0 or self.busy:
             return False
-        by_steps = self._interval_steps > 0 and boundary % self._interval_steps == 0
+        every = self._interval_steps
+        by_steps = every > 0 and boundary // every > self._last_step // every
         by_time = self._interval_s > 0 and time.monotonic() - self._begun_at >= self._interval_s
         return by_steps or by_time
 
@@ -167,13 +183,11 @@ class Snapshots(Stored):
         """Stage the state of this boundary; all ranks call it at the same one. None when it could not even begin."""
         self._begun_at = time.monotonic()
         try:
-            if self._votes.world_size > 1 and self._votes.group is None:
-                self._votes.group = self._votes_group()
-            if self._handle is not None:
-                self._handle.wait(PREVIOUS_LIMIT_S)
-                self.collect()
+            if self._votes.world_size > 1 and not self._votes.bound:
+                self._votes.bind(self._votes_group())
+            self.wait(PREVIOUS_LIMIT_S)
             self._handle = self.manager.save(step, state, metrics=dict(metrics), agreed=True)
-            self._begun_step = step
+            self._begun_step = self._last_step = step
         except (ElasticError, OSError, RuntimeError) as error:
             self._emit("snapshot.failed", self._failure(step, str(error)))
             return None
@@ -196,7 +210,8 @@ class Snapshots(Stored):
             self.committed_step = self._begun_step
 
     def close(self) -> None:
-        self.manager.close()
+        """Leave: whoever still writes is left behind; its votes are lost, so nothing can come of it."""
+        self.manager.close(0.0)
 
     def _failure(self, step: int, reason: str) -> dict[str, Any]:
         return {"step": step, "generation": self._generation, "rank": self._rank, "reason": reason}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from autoglm_elastic import wire
 
-LIMIT_S = 60.0
+LIMIT_S = 25.0
 
 
 class Zygote:
@@ -88,11 +88,13 @@ class Cluster:
         run_dir: Path | None = None,
         settings: dict[str, Any] | None = None,
         first_generation: int = 0,
+        launcher: bool = True,
     ) -> None:
         self.zygote = zygote
         self.folder = folder
         self.job, self.args = job, args or {}
         self.generation = first_generation - 1
+        self._launcher = launcher
         self.alive: list[Worker] = []
         self.all: list[Worker] = []
         self._stores: dict[int, Any] = {}
@@ -122,6 +124,20 @@ class Cluster:
     def start(self, workers: int) -> None:
         """The first generation."""
         self.reform(add=workers, reason="first")
+
+    def start_as_torchrun(self, workers: int) -> None:
+        """What stock torchrun gives its workers; with 0 what a bare interpreter has."""
+        for rank in range(workers or 1):
+            if workers:
+                self._env |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(workers),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(self.store_for(0).port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                }
+            self.alive.append(self._spawn())
 
     def store_for(self, generation: int) -> Any:
         if generation not in self._stores:
@@ -253,12 +269,13 @@ class Cluster:
         report, report_theirs = wire.control_pair()
         board = wire.Board.create()
         log = self.folder / f"worker{len(self.all)}.log"
+        names = (wire.ENV_CONTROL_FD, wire.ENV_BOARD_FD)
         request = {
             "job": self.job,
             "args": self.args,
             "env": self._env,
             "log": str(log),
-            "fd_names": [wire.ENV_CONTROL_FD, wire.ENV_BOARD_FD, "TEST_REPORT_FD"],
+            "fd_names": [*(names if self._launcher else ("NO_CONTROL", "NO_BOARD")), "TEST_REPORT_FD"],
         }
         pid = self.zygote.spawn(request, [control_theirs.fileno(), board.fd, report_theirs.fileno()])
         control_theirs.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import autoglm_elastic as elastic
 
@@ -41,6 +42,10 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
         sha256.update(name.encode())
         sha256.update(tensors[name].detach().contiguous().numpy().tobytes())
     return sha256.hexdigest()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def main(name: str, args: dict[str, Any]) -> None:
@@ -75,6 +80,11 @@ def train(
     norm: bool = False,
     holds: list[list[int]] | None = None,
     swallow: bool = False,
+    shard: bool = False,
+    frozen: bool = False,
+    ask_at: int = -1,
+    paced: bool = False,
+    epochs: int = 1000,
 ) -> None:
     """A small regression.
 
@@ -94,14 +104,17 @@ def train(
             layers.append(nn.BatchNorm1d(16))
         if dropout:
             layers.append(nn.Dropout(dropout))
-        model = job.replicate(nn.Sequential(*layers, nn.Linear(16, 1)))
+        net = nn.Sequential(*layers, nn.Linear(16, 1))
+        if frozen:
+            net[0].bias.requires_grad_(False)
+        model = job.shard(net) if shard else job.replicate(net)
         optim = torch.optim.AdamW(model.parameters(), lr=0.01)
         tracked: dict[str, Any] = {"model": model, "optim": optim}
         if scheduler:
             tracked["scheduler"] = torch.optim.lr_scheduler.StepLR(optim, 2, gamma=0.7)
         job.track(**tracked)
         say(entered=entered, generation=job.generation, rank=job.rank, world=job.world, step=job.step, tier=job.tier)
-        for index, x, y in job.batches(data, batch, epochs=1000):
+        for index, x, y in job.batches(data, batch, epochs=epochs):
             if job.step >= steps:
                 break
             if [job.generation, job.step, job.rank] in (holds or []):
@@ -132,15 +145,19 @@ def train(
             )
             job.commit(loss=loss)
             say(committed=job.step, generation=job.generation, loss=loss.item())
-        state = {name: tensor for name, tensor in model.state_dict().items()}
-        moments = {f"{i}.{k}": v for i, s in enumerate(optim.state.values()) for k, v in s.items()}
+            if job.step == ask_at:
+                job.snapshot()
+            if paced and job._snapshots is not None:
+                job._snapshots.wait(30)
+        state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        moments = {f"{i}.{k}": whole(v) for i, s in enumerate(optim.state.values()) for k, v in s.items()}
         say(
             result={
                 "digest": digest(state | moments),
                 "step": job.step,
                 "entered": entered,
                 "pid": os.getpid(),
-                "weights": [float(p.double().sum()) for p in model.parameters()],
+                "weights": [float(whole(p).double().sum()) for p in model.parameters()],
                 "lr": optim.param_groups[0]["lr"],
             }
         )

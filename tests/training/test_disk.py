@@ -1,0 +1,96 @@
+"""What only the run directory can give back: everybody dead, sharded state, a stop, the next start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Cluster, Zygote
+
+from autoglm_elastic import wire
+
+EVERY_2 = {"snapshot": {"interval_steps": 2, "interval_s": 0}}
+
+
+def test_everybody_dies_and_the_next_start_resumes(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    args = {"steps": 12, "paced": True, "dropout": 0.1, "scheduler": True, "frozen": True, "holds": [[0, 7, 0], [0, 7, 1]]}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2) as cluster:
+        cluster.start(2)
+        for worker in cluster.alive:
+            cluster.wait_said(worker, holding=7)
+        cluster.wait(lambda: any(e["step"] == 6 for e in cluster.events("snapshot.committed")), "snapshot of step 6")
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2, first_generation=1) as cluster:
+        cluster.start(2)
+        cluster.wait_exits()
+        resumed = cluster.results()
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("disk", 6)}
+    (tmp_path / "calm").mkdir()
+    with Cluster(zygote, tmp_path / "calm", "train", args | {"holds": None}) as cluster:
+        cluster.start(2)
+        cluster.wait_exits()
+        calm = cluster.results()
+    assert [r["digest"] for r in resumed] == [r["digest"] for r in calm]
+    assert [r["lr"] for r in resumed] == [r["lr"] for r in calm]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["generation"] == 1] == list(range(7, 13))
+
+
+def test_sharded_state_four_three_two_four(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    """FSDP2: a loss goes back to the newest snapshot, a planned world cuts one first and loses nothing."""
+    args: dict[str, Any] = {"steps": 14, "paced": True, "shard": True, "frozen": True, "batch": 12}
+    disturbed = args | {"holds": [[0, 5, 3], [1, 7, 2], [2, 9, -1]]}
+    with Cluster(zygote, tmp_path, "train", disturbed, run_dir=run_dir, settings=EVERY_2) as cluster:
+        cluster.start(4)
+        for held_at, snapshot in ((5, 4), (7, 6)):
+            doomed = cluster.alive[-1]
+            cluster.wait_said(doomed, holding=held_at)
+            cluster.wait(
+                lambda step=snapshot: any(e["step"] == step for e in cluster.events("snapshot.committed")), "snapshot"
+            )
+            cluster.kill(doomed)
+            cluster.reform()
+        cluster.wait_said(cluster.alive[0], waiting=9)
+        cluster.reform(add=2, planned=True)
+        cluster.say_go()
+        cluster.wait_exits()
+        results = cluster.results()
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("disk", 4)}
+        assert {(r.tier, r.from_step) for r in cluster.resumed(2)} == {("disk", 6)}
+        assert min(r.from_step for r in cluster.resumed(3)) >= 9
+    assert len({r["digest"] for r in results}) == 1
+    (tmp_path / "calm").mkdir()
+    with Cluster(zygote, tmp_path / "calm", "train", args) as cluster:
+        cluster.start(1)
+        cluster.wait_exits()
+        calm = cluster.results()
+    assert results[0]["weights"] == pytest.approx(calm[0]["weights"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", ["message", "signal"])
+def test_a_stop_is_agreed_and_leaves_a_snapshot(zygote: Zygote, tmp_path: Path, run_dir: Path, how: str) -> None:
+    args = {"steps": 100_000}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        cluster.wait_said(cluster.alive[1], committed=2)
+        if how == "message":
+            cluster.send(cluster.alive[1], wire.Stop(signal=int(signal.SIGUSR1), deadline_s=30.0))
+        else:
+            os.kill(cluster.alive[1].pid, signal.SIGTERM)
+        cluster.wait_exits(code=75)
+        done = [m for w in cluster.alive for m in w.told if isinstance(m, wire.Done)]
+        assert [d.requeue for d in done] == [True, True]
+        assert len({d.step for d in done}) == 1
+        committed = [e["step"] for e in cluster.events("snapshot.committed")]
+        assert committed == [done[0].step]
+
+
+def test_a_snapshot_can_be_asked_for(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    args = {"steps": 8, "paced": True, "ask_at": 3}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        cluster.wait_exits()
+        assert [e["step"] for e in cluster.events("snapshot.committed")] == [4, 8]
