@@ -1,7 +1,7 @@
 """AutoGLM Elastic: training that goes on when workers, nodes or stores die.
 
-The whole public face. Names are imported when they are first used, so that `import autoglm_elastic` costs nothing
-and does not import torch.
+The whole public face. Names are imported when they are first used, so that `import autoglm_elastic` costs
+nothing and does not import torch.
 """
 
 from __future__ import annotations

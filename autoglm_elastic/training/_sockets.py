@@ -1,8 +1,9 @@
 """Which connected sockets of this process belong to a generation's groups, and how to break them.
 
-Gloo offers no abort: shutting its connections down is what frees a collective that waits for a dead or hanging
-peer. A listening socket is never touched: gloo's accept loop would end the process. Sockets are remembered with
-their inode and looked at again before use, because a number may have been closed and given to something else.
+Gloo offers no abort: shutting its connections down is what frees a collective that waits for a dead or
+hanging peer. A listening socket is never touched: gloo's accept loop would end the process. Sockets are
+remembered with their inode and looked at again before use, because a number may have been closed and given to
+something else.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def connected() -> dict[int, int]:
 
 
 class BreakableSockets:
-    """The sockets opened between `begin` and `end`, on any thread. `shutdown` may come from another thread, at
-    any time, also in between."""
+    """The sockets opened between `begin` and `end`, on any thread. `shutdown` may come from another thread,
+    at any time, also in between."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,7 +54,8 @@ class BreakableSockets:
         self._built.set()
 
     def shutdown(self, limit_s: float) -> None:
-        """Break all of them; while `begin … end` is under way go on with those that appear, at most `limit_s`."""
+        """Break all of them; while `begin … end` is under way go on with those that appear, at most
+        `limit_s`."""
         for _ in range(max(1, int(limit_s / NEW_SOCKET_CHECK_S))):
             building = not self._built.is_set()
             if building:

@@ -1,7 +1,8 @@
-"""Nested state as JSON plus a list of tensors, with a closed set of types: what is moved, stored and rolled back.
+"""Nested state as JSON plus a list of tensors, with a closed set of types: what is moved, stored and rolled
+back.
 
-`encode` and `decode` are inverse to each other for None, bool, int, float, str, bytes-free lists, tuples, dicts with
-scalar keys, Counters and tensors. Nothing else is accepted, and nothing is ever pickled.
+`encode` and `decode` are inverse to each other for None, bool, int, float, str, bytes-free lists, tuples,
+dicts with scalar keys, Counters and tensors. Nothing else is accepted, and nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def encode(value: Any, tensors: list[Tensor], where: str) -> Any:
             return dict(items)
         return {_ITEMS: items}
     raise StateMismatch(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be part of the state",
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be tracked",
         valid="None, bool, int, float, str, list, tuple, dict, torch.Tensor",
         do="give its owner a state_dict() and load_state_dict() made of these",
     )
@@ -51,7 +52,9 @@ def encode(value: Any, tensors: list[Tensor], where: str) -> Any:
 def _key(key: Any, where: str) -> Any:
     if key is None or isinstance(key, (bool, int, float, str)):
         return key
-    raise StateMismatch(f"{where} has a key of type {type(key).__qualname__}", valid="str, int, float, bool, None")
+    raise StateMismatch(
+        f"{where} has a key of type {type(key).__qualname__}", valid="str, int, float, bool, None"
+    )
 
 
 def decode(value: Any, tensors: list[Tensor]) -> Any:
@@ -76,7 +79,12 @@ def decode(value: Any, tensors: list[Tensor]) -> Any:
 
 def spec(tensor: Tensor) -> Spec:
     """How to make a tensor like this one. For a DTensor the global shape."""
-    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), list(tensor.stride()), tensor.device.type]
+    return [
+        str(tensor.dtype).removeprefix("torch."),
+        list(tensor.shape),
+        list(tensor.stride()),
+        tensor.device.type,
+    ]
 
 
 def dtype_of(made: Spec) -> torch.dtype:
@@ -95,7 +103,9 @@ def empty(made: Spec, device: torch.device | None = None) -> Tensor:
 def is_dense(tensor: Tensor) -> bool:
     """Its elements fill one stretch of memory exactly once, in some order of dimensions."""
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
         if size > 1:
             if stride != expected:
                 return False

@@ -1,7 +1,7 @@
 """The ranks of a new generation agree on what to resume from, through the generation's store.
 
-Every rank says what it holds; rank 0 plans (core/recovery.py), puts the lineage record, and tells everybody. Nothing
-here moves tensors.
+Every rank says what it holds; rank 0 plans (core/recovery.py), puts the lineage record, and tells everybody.
+Nothing here moves tensors.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for a state
-    from disk its `entry` and `layouts`."""
+    """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for
+    a state from disk its `entry` and `layouts`."""
 
     plan: Plan
     job: dict[str, Any]
@@ -44,7 +44,8 @@ class Agreement:
 
 
 class Stored:
-    """What the run directory offers, as the agreement needs it. This one is of a job without a run directory."""
+    """What the run directory offers, as the agreement needs it. This one is of a job without a run
+    directory."""
 
     def entries(self) -> list[EntryFact]:
         return []
@@ -104,7 +105,9 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     if outcome is Outcome.CONFLICT:
         raise FencedError(f"generation {generation} was recorded by somebody else: this one is stale")
     if outcome is Outcome.UNKNOWN:
-        raise PlatformError(f"the record of generation {generation} could not be written", do="check the run directory")
+        raise PlatformError(
+            f"the record of generation {generation} could not be written", do="check the run directory"
+        )
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
         return Agreement(plan, source.job, frozenset(source.names))

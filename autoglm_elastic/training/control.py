@@ -1,7 +1,8 @@
 """The worker's end of the control channel: what the agent says, as flags to look at and events to wait for.
 
-One daemon thread reads the channel. It sets flags and calls the breaker of the current generation; it must never
-touch tensors, the user's objects or a process group other than through that breaker. When the agent is gone the
+One daemon thread reads the channel. It sets flags and calls the breaker of the current generation; it must
+never touch tensors, the user's objects or a process group other than through that breaker. When the agent is
+gone the
 process ends at once: a worker without an agent is an orphan.
 """
 
@@ -27,7 +28,8 @@ SIGNALS_STOP: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Control:
-    """Thread safe. `breaker` is called on the control thread, at most once for each generation that breaks."""
+    """Thread safe. `breaker` is called on the control thread, at most once for each generation that
+    breaks."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -55,7 +57,8 @@ class Control:
         return control
 
     def send(self, message: wire.ToAgent) -> None:
-        """Tell the agent; what it does not take within `SEND_LIMIT_S` is dropped (it notices our death anyway)."""
+        """Tell the agent; what it does not take within `SEND_LIMIT_S` is dropped (it notices our death
+        anyway)."""
         with contextlib.suppress(OSError):
             self._channel.send(wire.encode(message))
 
@@ -92,12 +95,15 @@ class Control:
             return self._changed.wait_for(lambda: self._broken[0] >= generation, limit_s)
 
     def wait_world(self, after: int, limit_s: float) -> wire.World:
-        """The newest world, newer than generation `after`. Raises PlatformError when none comes within `limit_s`, SystemExit
+        """The newest world, newer than generation `after`. Raises PlatformError when none comes within
+        `limit_s`, SystemExit
         when we are to stop: there is nobody to agree with, and the newest snapshot stays."""
         self.waiting = True
         try:
             with self._changed:
-                self._changed.wait_for(lambda: self.next_world(after) is not None or self.stop is not None, limit_s)
+                self._changed.wait_for(
+                    lambda: self.next_world(after) is not None or self.stop is not None, limit_s
+                )
                 world = self.next_world(after)
         finally:
             self.waiting = False
@@ -141,4 +147,3 @@ class Control:
             self._changed.notify_all()
         if breaker is not None:
             breaker()
-

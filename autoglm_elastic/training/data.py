@@ -1,7 +1,8 @@
 """The order of samples: a function of the job's seed and the epoch, whatever the world.
 
-A step takes the next `global_batch_size` positions of the epoch's order and the ranks share them in contiguous runs. The
-cursor moves when the step commits, so along the job's line of descent every sample is taken exactly once an epoch.
+A step takes the next `global_batch_size` positions of the epoch's order and the ranks share them in
+contiguous runs. The cursor moves when the step commits, so along the job's line of descent every sample is
+taken exactly once an epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Batches:
     Args:
         rank, world_size: whose share.
         cursor: where to begin.
-        taken: called as each batch is handed out, with the cursor after it, and this rank's and all samples in it.
+        taken: called as each batch is handed out, with the cursor after it, and this rank's and all samples
+            in it.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Batches:
         self._order: tuple[int, torch.Tensor] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        indices = ([index for index in share] for share, _, _, _ in self._shares(self._cursor))
+        indices = (list(share) for share, _, _, _ in self._shares(self._cursor))
         shares = self._shares(self._cursor)
         for batch in self._fetch(indices):
             _, after, local, total = next(shares)
@@ -77,7 +79,7 @@ class Batches:
         return iter(
             DataLoader(
                 self._dataset,  # type: ignore[arg-type]  # a map-style dataset need not derive from Dataset
-                batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of index lists
+                batch_sampler=indices,
                 num_workers=self._num_workers,
                 collate_fn=self._collate,
                 generator=generator,
@@ -90,8 +92,8 @@ class Batches:
         return self._collate(samples)
 
     def _shares(self, cursor: Cursor) -> Iterator[tuple[list[int], Cursor, int, int]]:
-        """(indices, cursor after, samples here, samples everywhere). Without a sample of its own a rank gets the
-        batch's first one, to take part with weight 0."""
+        """(indices, cursor after, samples here, samples everywhere). Without a sample of its own a rank gets
+        the batch's first one, to take part with weight 0."""
         while cursor.epoch < self._epochs:
             start, stop = batch_at(cursor, self._size, self._batch, self._drop_last)
             first, last = even(stop - start, self._world_size)[self._rank]

@@ -1,7 +1,8 @@
 """The process groups of one generation: built, broken from another thread, dropped.
 
-The only room that creates or destroys process groups. Each generation gets a c10d store with no memory of an earlier
-one (the agent hosts a fresh one), so that an address of a dead peer can never be read. Breaking frees every collective
+The only room that creates or destroys process groups. Each generation gets a c10d store with no memory of an
+earlier one (the agent hosts a fresh one), so that an address of a dead peer can never be read. Breaking frees
+every collective
 that waits: gloo's connections are shut down (its own abort does nothing), NCCL's communicators are aborted.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from autoglm_elastic.training._sockets import BreakableSockets
 
@@ -47,7 +49,7 @@ class Groups:
         """A client of the generation's store. Raises torch.distributed.DistError when it does not answer."""
         self._sockets.begin()
         try:
-            client = dist.TCPStore(
+            client = TCPStore(
                 master_addr,
                 master_port,
                 is_master=False,
@@ -57,7 +59,7 @@ class Groups:
         finally:
             self._sockets.end()
         client.set_timeout(timedelta(seconds=self.timeout_s))
-        self.store = dist.PrefixStore(f"autoglm/{self.generation}", client)
+        self.store = PrefixStore(f"autoglm/{self.generation}", client)
 
     def build(self) -> None:
         """The default group over `store`; every rank of the generation calls it."""
@@ -65,7 +67,7 @@ class Groups:
         try:
             dist.init_process_group(
                 backend_name(),
-                store=dist.PrefixStore("groups", self.store),
+                store=PrefixStore("groups", self.store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(seconds=self.timeout_s),
@@ -77,10 +79,10 @@ class Groups:
     def build_alone(self) -> None:
         """A world of one without a launcher; a default group that the user made is used as it is."""
         if not dist.is_initialized():
-            self.store = dist.HashStore()
+            self.store = HashStore()
             self.build()
         else:
-            self.store = dist.HashStore()
+            self.store = HashStore()
 
     def build_from_environment(self) -> None:
         """Under stock torchrun: the default group as anybody makes it, or the one that the user made."""
@@ -88,10 +90,11 @@ class Groups:
             dist.init_process_group(backend_name(), timeout=timedelta(seconds=self.timeout_s))
             self._ours = True
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.store = dist.PrefixStore("autoglm", dist.distributed_c10d._get_default_store())
+        self.store = PrefixStore("autoglm", dist.distributed_c10d._get_default_store())
 
     def votes(self) -> Any:
-        """A second gloo group, for the snapshot thread only. Built at its first use: all ranks call at one boundary."""
+        """A second gloo group, for the snapshot thread only. Built at its first use: all ranks call at one
+        boundary."""
         if self._votes is None:
             self._sockets.begin()
             try:
@@ -101,16 +104,18 @@ class Groups:
         return self._votes
 
     def break_(self) -> None:
-        """From any thread, any number of times: whoever waits in a collective or for the store gets an error."""
+        """From any thread, any number of times: whoever waits in a collective or for the store gets an
+        error."""
         self._sockets.shutdown(self.timeout_s)
         if torch.cuda.is_available() and dist.is_initialized():
-            for group in [dist.group.WORLD]:
-                with contextlib.suppress(RuntimeError, ValueError):
+            group = dist.group.WORLD
+            with contextlib.suppress(RuntimeError, ValueError):
+                if group is not None:
                     group._get_backend(torch.device("cuda")).abort()
 
     def close(self) -> list[Any]:
-        """Drop the groups. Returns what is left of them: destroying that takes some 15 ms a group, so the caller lets
-        go of it when training runs again."""
+        """Drop the groups. Returns what is left of them: destroying that takes some 15 ms a group, so the
+        caller lets go of it when training runs again."""
         remains = [self._votes, dist.group.WORLD if self._ours else None, self.store]
         self._votes = self.store = None
         if self._ours and dist.is_initialized():

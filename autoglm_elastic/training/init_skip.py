@@ -1,7 +1,8 @@
-"""Parameter initialisation is not paid twice: while a restore is coming, random fills of parameters do nothing.
+"""Parameter initialisation is not paid twice: while a restore is coming, random fills of parameters do
+nothing.
 
-Only fills of `nn.Parameter`s are skipped, never those of other tensors. A parameter that then turns out not to be
-restored is filled after all, with what was skipped, so nothing is ever left uninitialised.
+Only fills of `nn.Parameter`s are skipped, never those of other tensors. A parameter that then turns out not
+to be restored is filled after all, with what was skipped, so nothing is ever left uninitialised.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ class SkippedInitialization(TorchFunctionMode):
 
     def start(self) -> None:
         self._active = True
-        self.__enter__()
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, restored: Iterable[Tensor]) -> None:
-        """Initialisation is real again; parameters that are not among `restored` get theirs now. Idempotent."""
+        """Initialisation is real again; parameters that are not among `restored` get theirs now.
+        Idempotent."""
         if not self._active:
             return
         self._active = False
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         known = {id(tensor) for tensor in restored}
         with torch.no_grad():
             for parameter, fill, args, kwargs in self._skipped:

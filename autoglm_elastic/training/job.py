@@ -40,7 +40,8 @@ class Job:
         rank, world, local_rank: of this worker in this generation; `world` is the number of workers.
         step: committed steps so far.
         generation: the number of this membership; it only grows.
-        local_samples: samples of this rank in the batch at hand. With 0 the batch is a stand-in that counts for nothing.
+        local_samples: samples of this rank in the batch at hand. With 0 the batch is a stand-in that counts
+            for nothing.
         device: where this worker's tensors belong.
         plan, tier: what the generation resumed from and why; "live", "disk" or "fresh".
     """
@@ -94,7 +95,8 @@ class Job:
     def replicate(self, module: nn.Module) -> nn.Module:
         """The same module, whose gradients from now on are the mean over the global batch, on every rank.
 
-        In a training that begins, all ranks get rank 0's parameters and buffers; otherwise they come with `track`.
+        In a training that begins, all ranks get rank 0's parameters and buffers; otherwise they come with
+        `track`.
         """
         module.to(self.device)
         if self.world > 1:
@@ -119,8 +121,8 @@ class Job:
         """The same module, its parameters sharded over the world (FSDP2).
 
         Args:
-            module: children with parameters of their own are wrapped one by one, then the root; what is already wrapped
-                stays as it is.
+            module: children with parameters of their own are wrapped one by one, then the root; what is
+                already wrapped stays as it is.
             options: as for `torch.distributed.fsdp.fully_shard`.
         """
         if self.tier == "fresh" and self.world > 1 and not any(p.is_meta for p in module.parameters()):
@@ -131,10 +133,12 @@ class Job:
         return module
 
     def track(self, **objects: Any) -> None:
-        """Make modules, optimizers and anything with `state_dict()` / `load_state_dict()` part of the job's state.
+        """Make modules, optimizers and anything with `state_dict()` / `load_state_dict()` part of the job's
+        state.
 
-        They are restored here and now when there is something to resume from. All ranks track the same names in the
-        same order, every time the function is entered. Raises StateMismatch when an object does not fit its state.
+        They are restored here and now when there is something to resume from. All ranks track the same names
+        in the same order, every time the function is entered. Raises StateMismatch when an object does not
+        fit its state.
         """
         if OURS in objects:
             raise MisuseError(f"job.track({OURS}=…): the name is reserved", valid="any other name")
@@ -212,7 +216,8 @@ class Job:
         self._logged |= values
 
     def snapshot(self) -> SnapshotRequest:
-        """Ask for a snapshot. All ranks take it at the same step boundary, at the latest the one after the next."""
+        """Ask for a snapshot. All ranks take it at the same step boundary, at the latest the one after the
+        next."""
         self._snapshot_wanted = self._snapshot_wanted or SnapshotRequest()
         return self._snapshot_wanted
 
@@ -220,7 +225,8 @@ class Job:
         """The step boundary: the step counts. Not a collective.
 
         Args:
-            metrics: numbers (or tensors of one element) for the metrics of this step; `loss` is shown to people.
+            metrics: numbers (or tensors of one element) for the metrics of this step; `loss` is shown to
+                people.
 
         Raises:
             WorldChanged: to enter the next world; let it pass.
@@ -293,7 +299,9 @@ class Job:
         leave = self._session.next_world(self.generation)
         stop = self._session.stop_signal() is not None
         snapshots = self._snapshots
-        due = snapshots is not None and (snapshots.due(boundary) or (self._snapshot_wanted is not None and not snapshots.busy))
+        due = snapshots is not None and (
+            snapshots.due(boundary) or (self._snapshot_wanted is not None and not snapshots.busy)
+        )
         return [float(leave), float(stop), float(due)]
 
     def _begin(self) -> None:
@@ -309,8 +317,8 @@ class Job:
         rng.seed_step(self._session.seed, self.step, self.rank)
 
     def _agree_on_seed(self) -> None:
-        """A job that begins takes rank 0's seed as it is when something first depends on it, so that the user's
-        `manual_seed` counts wherever he has it."""
+        """A job that begins takes rank 0's seed as it is when something first depends on it, so that the
+        user's `manual_seed` counts wherever he has it."""
         if self.tier != "fresh" or self._session.seed_agreed:
             return
         seed = torch.tensor([torch.initial_seed() & 0x7FFF_FFFF_FFFF_FFFF])
@@ -325,9 +333,11 @@ class Job:
         self._synchronized.append(module)
 
         def before(used: nn.Module, _: Any) -> None:
+            if used is not module:
+                return  # a deep copy of it took the hook along
             hook.remove()
-            if not self._state.tracks(used):
-                self.track(**{name: used})
+            if not self._state.tracks(module):
+                self.track(**{name: module})
 
         hook = module.register_forward_pre_hook(before)
         self._hooks.append(hook)
@@ -351,7 +361,8 @@ class Job:
         self._give_up(error)
 
     def _give_up(self, error: BaseException) -> None:
-        """The step cannot be counted. Raises WorldChanged where somebody can give us a new world, else `error`."""
+        """The step cannot be counted. Raises WorldChanged where somebody can give us a new world, else
+        `error`."""
         if not self._session.elastic or isinstance(error, MisuseError):
             raise error
         reason = self._session.why_broken(self.generation) or f"a collective failed: {error}"

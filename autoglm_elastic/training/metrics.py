@@ -36,7 +36,9 @@ class MetricWriter:
         self._thread.start()
 
     def write(self, step: int, generation: int, world_size: int, values: Mapping[str, Any]) -> None:
-        kept = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        kept = {
+            key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in values.items()
+        }
         try:
             self._rows.put_nowait((step, generation, time.time(), world_size, kept))
         except queue.Full:
@@ -53,7 +55,9 @@ class MetricWriter:
     def _run(self) -> None:
         while (row := self._rows.get()) is not None:
             step, generation, wall_time, world_size, values = row
-            numbers = {key: number for key, value in values.items() if (number := as_number(value)) is not None}
+            numbers = {
+                key: number for key, value in values.items() if (number := as_number(value)) is not None
+            }
             loss = numbers.pop("loss", None)
             self._log.write(Metric(step, generation, wall_time, loss, world_size, numbers))
         self._log.close()

@@ -1,8 +1,8 @@
 """Moving live state from a source rank to receivers: straight out of the source's memory, or over the group.
 
-On one host `process_vm_readv` copies once, from the source's pages into the receiver's; anything that stands in its way
-(another host, another PID namespace, a kernel that refuses) sends everything over the group instead. The source waits
-until all receivers have it, because its next step would change what they read.
+On one host `process_vm_readv` copies once, from the source's pages into the receiver's; anything that stands
+in its way (another host, another PID namespace, a kernel that refuses) sends everything over the group
+instead. The source waits until all receivers have it, because its next step would change what they read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _broadcast_coalesced
 
 from autoglm_elastic.training._trees import is_dense
 
@@ -68,7 +69,8 @@ def describe(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def read(source: dict[str, Any], tensors: Sequence[Tensor]) -> bool:
-    """Fill `tensors` from the source's memory. False when that is not possible here; then they hold anything."""
+    """Fill `tensors` from the source's memory. False when that is not possible here; then they hold
+    anything."""
     ranges = source["ranges"]
     if ranges is None or not source["place"] or source["place"] != place():
         return False
@@ -127,4 +129,6 @@ def broadcast(tensors: Sequence[Tensor], source: int) -> None:
         by_device.setdefault(tensor.device.type, []).append(tensor.detach())
     with torch.no_grad():
         for device in sorted(by_device):
-            dist._broadcast_coalesced(dist.group.WORLD, by_device[device], COALESCE_BYTES, source)
+            _broadcast_coalesced(
+                dist.distributed_c10d._get_default_group(), by_device[device], COALESCE_BYTES, source
+            )

@@ -1,12 +1,13 @@
 """Gradients of replicated modules: the mean over the global batch, on every rank.
 
-In place of DistributedDataParallel, because a rank's share counts by its samples, a module must be adopted without
-being wrapped again, a rank may have no sample, and the step's control numbers travel along. Follows DDP (Li et al.,
-"PyTorch Distributed", VLDB 2020): buckets in reverse order of registration, reduced while backward still runs,
-`p.grad` a view into its bucket, a repeated backward accumulates, buffers are those of rank 0.
+In place of DistributedDataParallel, because a rank's share counts by its samples, a module must be adopted
+without being wrapped again, a rank may have no sample, and the step's control numbers travel along. Follows
+DDP (Li et al., "PyTorch Distributed", VLDB 2020): buckets in reverse order of registration, reduced while
+backward still runs, `p.grad` a view into its bucket, a repeated backward accumulates, buffers are those of
+rank 0.
 
-May touch: `.grad` of the module's parameters and its floating-point buffers. Must never: count a step whose reduction
-failed.
+May touch: `.grad` of the module's parameters and its floating-point buffers. Must never: count a step whose
+reduction failed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class _Bucket:
 
 @dataclass(slots=True)
 class _Tail:
-    """Rides behind the gradients of the last bucket: control numbers, which parameters were used, float buffers."""
+    """Rides behind the gradients of the last bucket: control numbers, which parameters were used, float
+    buffers."""
 
     flat: Tensor
     used: list[float] = field(default_factory=list)
@@ -69,7 +71,8 @@ class Reducer:
     """Reduces the gradients of one module while attached.
 
     Args:
-        module: its parameters that require a gradient are reduced; floating-point buffers up to float32 follow rank 0.
+        module: its parameters that require a gradient are reduced; floating-point buffers up to float32
+            follow rank 0.
         rank, world_size: of the default group.
         weight: this rank's share of the current global batch; the shares of all ranks sum to 1.
         slots, arrived: the step's control numbers, see `steps.StepControl`.
@@ -106,7 +109,10 @@ class Reducer:
         """Between the first gradient of a backward and the end of it."""
         self.enabled = True
         """False inside `job.accumulate()`: gradients only add up locally."""
-        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._parameters]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            for p in self._parameters
+        ]
 
     @property
     def flats(self) -> list[Tensor]:
@@ -127,7 +133,7 @@ class Reducer:
         if parameter in self._seen:
             raise MisuseError(
                 "a parameter got its gradient twice in one backward",
-                valid="one gradient per parameter and backward (torch.utils.checkpoint with use_reentrant=False)",
+                valid="one gradient per parameter and backward: checkpoint(…, use_reentrant=False)",
             )
         self._seen.add(parameter)
         bucket, index = self._place[parameter]
@@ -224,7 +230,8 @@ class Reducer:
 def _lay_out(
     parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], pool: BufferPool
 ) -> tuple[list[_Bucket], _Tail]:
-    """Buckets of one dtype and device each, in the order in which backward fills them; the tail behind the last."""
+    """Buckets of one dtype and device each, in the order in which backward fills them; the tail behind the
+    last."""
     groups: list[list[nn.Parameter]] = []
     nbytes, limit = 0, FIRST_BUCKET_BYTES
     for parameter in reversed(parameters):
@@ -263,7 +270,8 @@ def _lay_out(
 
 
 def _view(flat: Tensor, offset: int, parameter: nn.Parameter) -> Tensor:
-    """A piece of `flat` with the parameter's shape and, where it is dense, its strides (as autograd wants them)."""
+    """A piece of `flat` with the parameter's shape and, where it is dense, its strides (as autograd wants
+    them)."""
     piece = flat[offset : offset + parameter.numel()]
     if is_dense(parameter):
         return piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())

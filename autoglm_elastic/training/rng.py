@@ -1,7 +1,7 @@
 """Random streams of Python, NumPy and torch as a pure function of (seed of the job, step, rank).
 
-Derived anew at every step boundary, so that a step that is redone, or done after a resume, draws what it would have
-drawn. May touch: the global generators of this process and nothing else.
+Derived anew at every step boundary, so that a step that is redone, or done after a resume, draws what it
+would have drawn. May touch: the global generators of this process and nothing else.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ _inside = False
 def run(function: Callable[Concatenate[Job, P], T]) -> Callable[P, T]:
     """Enter `function(job, …)` again, in the same process, whenever the world changes.
 
-    Returns what the function returns. Its errors pass through; `WorldChanged` never does. Without a launcher the world
-    is this process, or what stock torchrun says.
+    Returns what the function returns. Its errors pass through; `WorldChanged` never does. Without a launcher
+    the world is this process, or what stock torchrun says.
     """
 
     @functools.wraps(function)

@@ -1,8 +1,8 @@
 """What one worker process keeps from generation to generation, and the loop that enters them.
 
-Wait for a world, build its groups, agree on what to resume from, call the user's function; when the world is over,
-unwind and begin again. Only here a failed step is told from a user's error: an exception counts as the world's end
-when the generation is known, or within a grace becomes known, to be broken.
+Wait for a world, build its groups, agree on what to resume from, call the user's function; when the world is
+over, unwind and begin again. Only here a failed step is told from a user's error: an exception counts as the
+world's end when the generation is known, or within a grace becomes known, to be broken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from autoglm_elastic import wire
 from autoglm_elastic.core.recovery import Holding
 from autoglm_elastic.core.split import Cursor
-from autoglm_elastic.errors import ExitCode, PlatformError
+from autoglm_elastic.errors import ExitCode
 from autoglm_elastic.observe.events import METRICS_NAME
 from autoglm_elastic.settings import Settings
+from autoglm_elastic.training import endings, environment
 from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree
 from autoglm_elastic.training.control import SIGNALS_STOP, Control
 from autoglm_elastic.training.groups import Groups
@@ -40,7 +39,8 @@ from autoglm_elastic.training.state import State
 T = TypeVar("T")
 
 GRACE_S_MIN: Final = 5.0
-"""A peer's death is often noticed here before the agent tells; for so long a failed collective waits to be explained."""
+"""A peer's death is often noticed here before the agent tells; for so long a failed collective waits to be
+explained."""
 
 WORLD_LIMIT_MARGIN_S: Final = 60.0
 """Beyond the time in which the leader must have sealed a world or failed the job."""
@@ -93,7 +93,7 @@ class Session:
 
     def _next_world(self) -> wire.World:
         if self._control is None:
-            return _world_of_environment(self._generation + 1)
+            return environment.read_world(self._generation + 1)
         limit = self.settings.membership.join_timeout_s + WORLD_LIMIT_MARGIN_S
         return self._control.wait_world(self._generation, limit)
 
@@ -106,7 +106,9 @@ class Session:
             self._phases_s["seal"] = sealed_at - self._phases_s.pop("unwound_at")
         self._generation = world.generation
         self._note(wire.RankState.RECOVERING if self.state.step else wire.RankState.WAITING)
-        groups = Groups(world.generation, world.rank, world.world_size, self.settings.recovery.group_timeout_s)
+        groups = Groups(
+            world.generation, world.rank, world.world_size, self.settings.recovery.group_timeout_s
+        )
         job: Job | None = None
         failed_at = 0.0
         try:
@@ -122,21 +124,21 @@ class Session:
             cause = changed.__cause__
             if isinstance(cause, Exception) and not self._is_over(world, cause):
                 raise cause from None
-            _forget(changed)
+            endings.forget(changed)
         except Exception as error:
             failed_at = time.monotonic()
             if not self._is_over(world, error):
                 raise
-            _forget(error)
+            endings.forget(error)
         finally:
-            self._unwind(job, groups, failed_at)
+            self._unwind(job, groups, sealed_at, failed_at)
         return True, None
 
     def _enter(self, world: wire.World, groups: Groups) -> tuple[wire.World, Agreement]:
         """Groups, agreement and state for a generation."""
         started = time.monotonic()
         if self._control is not None:
-            _set_environment(world)
+            environment.write_world(world)
             groups.connect(world.master_addr, world.master_port)
         elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             groups.build_from_environment()
@@ -211,7 +213,12 @@ class Session:
             load = self._snapshots.loader(agreement.entry)
             self._snapshot_step = plan.step
         self.state.begin(
-            plan, world.rank, names=agreement.names, layouts=agreement.layouts, load=load, generation=world.generation
+            plan,
+            world.rank,
+            names=agreement.names,
+            layouts=agreement.layouts,
+            load=load,
+            generation=world.generation,
         )
         self.seed = int(agreement.job["seed"])
         self.seed_agreed = plan.tier != "fresh"
@@ -236,7 +243,8 @@ class Session:
         self._note(wire.RankState.RUNNING)
 
     def _finish(self, job: Job, groups: Groups) -> None:
-        """The function returned here. Nobody is done before everybody is: a rank that dies now finds us ready to help.
+        """The function returned here. Nobody is done before everybody is: a rank that dies now finds us ready
+        to help.
 
         Raises torch.distributed.DistError when a peer is lost meanwhile.
         """
@@ -271,13 +279,13 @@ class Session:
             return False
         if control.why_broken(world.generation) is not None:
             return True
-        if not _is_collective(error):
+        if not endings.is_collective(error):
             return False
         if control.next_world(world.generation) is not None:
             return True
         return control.wait_broken(world.generation, max(GRACE_S_MIN, 3 * self.settings.membership.lease_s))
 
-    def _unwind(self, job: Job | None, groups: Groups, failed_at: float) -> None:
+    def _unwind(self, job: Job | None, groups: Groups, started_at: float, failed_at: float) -> None:
         told_at = self._control.told_at() if self._control is not None else 0.0
         if self._control is not None:
             self._control.leave()
@@ -291,7 +299,7 @@ class Session:
         self._remains += groups.close()
         self._note(wire.RankState.WAITING)
         now = time.monotonic()
-        since = min(failed_at, told_at) if 0.0 < told_at and now - told_at < failed_at else failed_at
+        since = min(failed_at, told_at) if told_at > started_at else failed_at
         self._phases_s = {"unwind": max(0.0, now - since), "unwound_at": now} if failed_at else {}
         if self._control is not None and failed_at:
             self._control.send(wire.Unwound(groups.generation))
@@ -379,66 +387,3 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _world_of_environment(generation: int) -> wire.World:
-    """As stock torchrun says, or a world of one."""
-    get = os.environ.get
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        rank, size = 0, 1
-    else:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return wire.World(
-        generation=generation,
-        parent=generation - 1,
-        rank=rank,
-        world_size=size,
-        local_rank=int(get("LOCAL_RANK", "0")),
-        local_world_size=int(get("LOCAL_WORLD_SIZE", "1")),
-        group_rank=int(get("GROUP_RANK", "0")),
-        group_world_size=int(get("GROUP_WORLD_SIZE", "1")),
-        role_rank=int(get("ROLE_RANK", str(rank))),
-        role_world_size=int(get("ROLE_WORLD_SIZE", str(size))),
-        master_addr=get("MASTER_ADDR", ""),
-        master_port=int(get("MASTER_PORT", "0")),
-        restart_count=int(get("TORCHELASTIC_RESTART_COUNT", "0")),
-        planned=False,
-        reason="started without autoglm-run",
-    )
-
-
-def _set_environment(world: wire.World) -> None:
-    """What torchrun's workers find in their environment, for this world."""
-    os.environ |= {
-        "RANK": str(world.rank),
-        "WORLD_SIZE": str(world.world_size),
-        "LOCAL_RANK": str(world.local_rank),
-        "LOCAL_WORLD_SIZE": str(world.local_world_size),
-        "GROUP_RANK": str(world.group_rank),
-        "GROUP_WORLD_SIZE": str(world.group_world_size),
-        "ROLE_RANK": str(world.role_rank),
-        "ROLE_WORLD_SIZE": str(world.role_world_size),
-        "MASTER_ADDR": world.master_addr,
-        "MASTER_PORT": str(world.master_port),
-        "TORCHELASTIC_RESTART_COUNT": str(world.restart_count),
-        wire.ENV_GENERATION: str(world.generation),
-    }
-
-
-def _is_collective(error: BaseException) -> bool:
-    """Whether an error, or what led to it, came out of a collective or the c10d store."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (dist.DistError, PlatformError)) or "gloo" in str(seen).lower():
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def _forget(error: BaseException) -> None:
-    """Let go of what the user's frames hold: models, optimizers, activations."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__

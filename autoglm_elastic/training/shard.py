@@ -1,6 +1,7 @@
 """Sharding a module over the world with FSDP2, and making its gradient the mean over the global batch.
 
-FSDP averages over ranks, each counting the same. A rank's share of the batch enters by scaling the gradient where it
+FSDP averages over ranks, each counting the same. A rank's share of the batch enters by scaling the gradient
+where it
 enters the module: at its outputs.
 """
 
@@ -23,23 +24,32 @@ def shard_module(
     scale: Callable[[], float],
     options: dict[str, Any],
 ) -> None:
-    """`fully_shard` over a mesh of the world. `scale()`: this rank's share of the batch times the world size."""
+    """`fully_shard` over a mesh of the world. `scale()`: this rank's share of the batch times the world
+    size."""
     settings = {"mesh": init_device_mesh(device.type, (world_size,))} | options
     for child in module.children():
         has_parameters = next(child.parameters(), None) is not None
         callable_child = not isinstance(child, (nn.ModuleList, nn.ModuleDict))
         for inner in [child] if callable_child else child.children():
-            if has_parameters and next(inner.parameters(), None) is not None and not isinstance(inner, FSDPModule):
+            if (
+                has_parameters
+                and next(inner.parameters(), None) is not None
+                and not isinstance(inner, FSDPModule)
+            ):
                 fully_shard(inner, **settings)
     if not isinstance(module, FSDPModule):
         fully_shard(module, **settings)
-    module.register_forward_hook(lambda _module, _inputs, output: tree_map_only(Tensor, _scaled(scale), output))
+    module.register_forward_hook(
+        lambda _module, _inputs, output: tree_map_only(Tensor, _scaled(scale), output)
+    )
 
 
 def _scaled(scale: Callable[[], float]) -> Callable[[Tensor], Tensor]:
     def attach(tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: gradient * scale() if scale() != 1.0 else gradient)
+            tensor.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: gradient * scale() if scale() != 1.0 else gradient
+            )
         return tensor
 
     return attach

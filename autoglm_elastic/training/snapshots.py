@@ -1,7 +1,7 @@
 """Snapshots of the running job: when they are due, their two-phase commit's votes, what came of them.
 
-Staging happens at the agreed boundary on the training thread, everything else on the manager's threads. A snapshot that
-fails is an event; training goes on.
+Staging happens at the agreed boundary on the training thread, everything else on the manager's threads. A
+snapshot that fails is an event; training goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Emit = Callable[[str, dict[str, Any]], None]
 
 
 class LateVotes:
-    """`ports.Votes` over a gloo group that is built at the first snapshot, on the training thread of every rank."""
+    """`ports.Votes` over a gloo group that is built at the first snapshot, on the training thread of every
+    rank."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -180,7 +181,8 @@ class Snapshots(Stored):
         return self._handle is not None
 
     def begin(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> Any:
-        """Stage the state of this boundary; all ranks call it at the same one. None when it could not even begin."""
+        """Stage the state of this boundary; all ranks call it at the same one. None when it could not even
+        begin."""
         self._begun_at = time.monotonic()
         try:
             if self._votes.world_size > 1 and not self._votes.bound:

@@ -1,8 +1,9 @@
 """The tracked state of a job in this process, from one generation to the next.
 
-Survivors adopt their live tensors, receivers get everything from the plan's source, everybody loads from a snapshot, or
-nobody restores anything, as the plan says. Knows which step the state is at and whether it is whole: a state that an
-optimizer has begun to change, or that has not been received completely, is no source for others.
+Survivors adopt their live tensors, receivers get everything from the plan's source, everybody loads from a
+snapshot, or nobody restores anything, as the plan says. Knows which step the state is at and whether it is
+whole: a state that an optimizer has begun to change, or that has not been received completely, is no source
+for others.
 
 May touch: the tracked objects. Must never: decide what to resume from (core/recovery.py does).
 """
@@ -84,14 +85,18 @@ class State:
         if plan.tier != "live":
             self._live = {n: t for n, t in self._live.items() if plan.tier == "disk" and not t.sharded}
         self._awaited = names if receives else frozenset(layouts)
-        self.step, self.generation = max(plan.step, 0), generation if plan.tier == "fresh" else plan.generation
+        self.step, self.generation = (
+            max(plan.step, 0),
+            generation if plan.tier == "fresh" else plan.generation,
+        )
         self.dirty = self._committed_here = False
         if plan.tier != "fresh":
             self._skip = SkippedInitialization()
             self._skip.start()
 
     def leave(self) -> None:
-        """Out of the user's function: hooks off, what an abandoned step changed rolled back where that is possible."""
+        """Out of the user's function: hooks off, what an abandoned step changed rolled back where that is
+        possible."""
         self.settle()
         if any(isinstance(t, TrackedModule) and t.changed_outside() for t in self._objects.values()):
             self.dirty = True
@@ -137,7 +142,9 @@ class State:
 
     # Tracking.
 
-    def track(self, objects: Mapping[str, Any], *, synchronized: Callable[[nn.Module], bool], alone: bool) -> None:
+    def track(
+        self, objects: Mapping[str, Any], *, synchronized: Callable[[nn.Module], bool], alone: bool
+    ) -> None:
         """Track and restore. All ranks call it with the same names in the same order.
 
         Args:
@@ -177,7 +184,8 @@ class State:
             tracked.shadow()
 
     def snapshot(self) -> dict[str, Any]:
-        """The state as a nested dict of tensors, for people and other tools: name → tensors by their own names."""
+        """The state as a nested dict of tensors, for people and other tools: name → tensors by their own
+        names."""
         return {name: _by_name(*tracked.capture()) for name, tracked in self._objects.items()}
 
     def layouts(self) -> dict[str, Layout]:
@@ -274,6 +282,4 @@ def _optimizer_places(body: Mapping[str, Any]) -> dict[int, str]:
     """Index of a tensor in an optimizer's layout → where it stands, as a dotted name."""
     owners = [(f"state.{name}", entry) for name, entry in body["state"].items()]
     owners += [(f"param_groups.{group}", hyper) for group, hyper in enumerate(body["hyper"])]
-    return {
-        index: f"{owner}.{key}" for owner, entry in owners for key, index in tensors_in(entry)
-    }
+    return {index: f"{owner}.{key}" for owner, entry in owners for key, index in tensors_in(entry)}

@@ -1,9 +1,10 @@
 """What the ranks agree on at each step boundary, without a collective of its own.
 
-Every rank contributes three numbers: whether it wants to leave at a boundary (a planned world waits), whether it wants
-to stop, and whether a snapshot is due (rank 0 decides by time and step, any rank may ask). Their sums reach all ranks
-with the gradients of the step; where no gradients are reduced here (FSDP), a tiny all-reduce started at one commit and
-completed at the next carries them. So all ranks see the same decision at the same commit.
+Every rank contributes three numbers: whether it wants to leave at a boundary (a planned world waits), whether
+it wants to stop, and whether a snapshot is due (rank 0 decides by time and step, any rank may ask). Their
+sums reach all ranks with the gradients of the step; where no gradients are reduced here (FSDP), a tiny
+all-reduce started at one commit and completed at the next carries them. So all ranks see the same decision at
+the same commit.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Decision:
 
 
 class StepControl:
-    """One per generation. `wants(boundary)` gives this rank's three numbers for the boundary after which `boundary`
-    steps are committed."""
+    """One per generation. `wants(boundary)` gives this rank's three numbers for the boundary after which
+    `boundary` steps are committed."""
 
     def __init__(self, world_size: int, wants: Callable[[int], Sequence[float]]) -> None:
         self._alone = world_size == 1
@@ -48,7 +49,8 @@ class StepControl:
         self._arrived = [a + b for a, b in zip(known, sums, strict=True)]
 
     def poison(self, failure: BaseException) -> None:
-        """A collective of this step failed: it cannot be committed, whatever the user's code makes of the error."""
+        """A collective of this step failed: it cannot be committed, whatever the user's code makes of the
+        error."""
         self.failure = self.failure or failure
 
     def decide(self, boundary: int) -> Decision:

@@ -1,8 +1,8 @@
 """What a job can track: modules, optimizers, and anything with `state_dict()` and `load_state_dict()`.
 
-Each is seen as JSON (`layout`) plus tensors in a fixed order, so that one mover and one snapshot format serve all.
-`adopt` takes the live tensors of a predecessor without copying. What a step changes other than through an optimizer
-(buffers, schedulers) is kept as it was at the last commit and can be rolled back.
+Each is seen as JSON (`layout`) plus tensors in a fixed order, so that one mover and one snapshot format serve
+all. `adopt` takes the live tensors of a predecessor without copying. What a step changes other than through
+an optimizer (buffers, schedulers) is kept as it was at the last commit and can be rolled back.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from autoglm_elastic.training import _trees
 from autoglm_elastic.training.outcomes import StateMismatch
 
 BUFFER_BYTES_SMALL: Final = 1 << 20
-"""Buffers up to this size are copied at every commit. A larger one (a mask, a table) only if its version says that it
-changed; batch normalisation does not say so, but its buffers are small."""
+"""Buffers up to this size are copied at every commit. A larger one (a mask, a table) only if its version says
+that it changed; batch normalisation does not say so, but its buffers are small."""
 
 Layout = dict[str, Any]
 """{"kind", "body", "specs"}: everything but the bytes of the tensors."""
@@ -157,7 +157,9 @@ class TrackedModule(Tracked):
         now = dict(self.target.named_parameters())
         return any(name in now and now[name]._version != seen for name, seen in self._versions.items())
 
-    def _compare(self, mine: Mapping[str, Tensor], theirs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def _compare(
+        self, mine: Mapping[str, Tensor], theirs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
         for name in [*mine, *theirs]:
             here, there = mine.get(name), theirs.get(name)
             found = (tuple(here.shape), here.dtype) if here is not None else None
@@ -205,7 +207,9 @@ class TrackedOptimizer(Tracked):
     def capture(self) -> tuple[Layout, list[Tensor]]:
         tensors: list[Tensor] = []
         hyper = [
-            _trees.encode({k: v for k, v in group.items() if k != "params"}, tensors, f"{self.name}.param_groups[{g}]")
+            _trees.encode(
+                {k: v for k, v in group.items() if k != "params"}, tensors, f"{self.name}.param_groups[{g}]"
+            )
             for g, group in enumerate(self.target.param_groups)
         ]
         state = {
@@ -297,7 +301,8 @@ def tensors_in(encoded: Any) -> list[tuple[str, int]]:
 
 
 def _like(wanted: _trees.Spec, parameter: Tensor, mine: Any) -> Tensor:
-    """`mine` where it fits, else a tensor of the spec; one with the parameter's shape lies as the parameter does."""
+    """`mine` where it fits, else a tensor of the spec; one with the parameter's shape lies as the parameter
+    does."""
     shape, dtype = tuple(wanted[1]), _trees.dtype_of(wanted)
     if isinstance(mine, Tensor) and tuple(mine.shape) == shape and mine.dtype == dtype:
         return mine.detach()
@@ -307,7 +312,8 @@ def _like(wanted: _trees.Spec, parameter: Tensor, mine: Any) -> Tensor:
 
 
 class TrackedStateful(Tracked):
-    """Anything else with `state_dict` and `load_state_dict`: a learning-rate scheduler, a scaler, the user's own."""
+    """Anything else with `state_dict` and `load_state_dict`: a learning-rate scheduler, a scaler, the user's
+    own."""
 
     kind = "stateful"
 

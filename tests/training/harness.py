@@ -1,11 +1,13 @@
 """A miniature agent for tests of the worker's side: real processes, real control channels, real kills.
 
-It seals generations by hand: `reform` gives the surviving workers, and new ones, their next world. Nothing here waits
+It seals generations by hand: `reform` gives the surviving workers, and new ones, their next world. Nothing
+    here waits
 without a bound, and nothing sleeps: it waits for what workers say.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -24,7 +26,7 @@ import torch.distributed as dist
 
 from autoglm_elastic import wire
 
-LIMIT_S = 25.0
+LIMIT_S = 6.0
 
 
 class Zygote:
@@ -180,10 +182,8 @@ class Cluster:
             self.send(other, wire.Break(self.generation, f"rank {worker.rank} died"))
 
     def send(self, worker: Worker, message: wire.ToWorker) -> None:
-        try:
+        with contextlib.suppress(OSError):
             worker.control.send(wire.encode(message))
-        except OSError:
-            pass
 
     # What workers say.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -88,8 +89,9 @@ def train(
 ) -> None:
     """A small regression.
 
-    `die`: {"rank", "step"}: that rank stops in the middle of that step of its first generation. `holds`: [generation,
-    step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to go on.
+    `die`: {"rank", "step"}: that rank stops in the middle of that step of its first generation. `holds`:
+    [generation, step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to
+    go on.
     """
     data = Regression(size)
     entered = 0
@@ -113,7 +115,14 @@ def train(
         if scheduler:
             tracked["scheduler"] = torch.optim.lr_scheduler.StepLR(optim, 2, gamma=0.7)
         job.track(**tracked)
-        say(entered=entered, generation=job.generation, rank=job.rank, world=job.world, step=job.step, tier=job.tier)
+        say(
+            entered=entered,
+            generation=job.generation,
+            rank=job.rank,
+            world=job.world,
+            step=job.step,
+            tier=job.tier,
+        )
         for index, x, y in job.batches(data, batch, epochs=epochs):
             if job.step >= steps:
                 break
@@ -123,9 +132,8 @@ def train(
                 say(waiting=job.step)
                 wait_to_go()
             loss = (model(x) - y).pow(2).mean()
-            if die and entered == 1 and job.generation == die.get("generation", 0):
-                if (job.rank, job.step) == (die["rank"], die["step"]):
-                    stop_here(dying=job.step)
+            if die and job.generation == 0 and (job.rank, job.step) == (die["rank"], die["step"]):
+                stop_here(dying=job.step)
             if swallow:
                 try:
                     loss.backward()
@@ -167,6 +175,7 @@ def train(
 
 def mlp(width: int = 2236) -> None:
     """For the measurement: 10 million parameters, until killed."""
+
     @elastic.run
     def function(job: elastic.Job) -> None:
         c = [time.process_time(), time.thread_time()]
@@ -176,7 +185,7 @@ def mlp(width: int = 2236) -> None:
         c += [time.process_time(), time.thread_time()]
         job.track(model=model, optim=optim)
         c += [time.process_time(), time.thread_time()]
-        say(cpu=[round(x*1e3) for x in c])
+        say(cpu=[round(x * 1e3) for x in c])
         began = time.time()
         while True:
             loss = model(torch.randn(8, width)).pow(2).mean()
@@ -187,5 +196,144 @@ def mlp(width: int = 2236) -> None:
             now = time.time()
             say(committed=job.step, generation=job.generation, at=now, took=now - began)
             began = now
+
+    function()
+
+
+def lagging(steps: int) -> None:
+    """Rank 0 says when it is past a commit that rank 1 never makes: rank 1 waits between reduction and
+    commit."""
+    entered = 0
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        nonlocal entered
+        entered += 1
+        torch.manual_seed(1)
+        model = job.replicate(nn.Linear(4, 4))
+        optim = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        job.track(model=model, optim=optim)
+        while job.step < steps:
+            loss = model(torch.randn(2, 4)).pow(2).mean()
+            if job.generation == 0 and job.step == 4 and job.rank == 2:
+                stop_here(holding=4)
+            loss.backward()
+            if job.generation == 0 and job.step == 3 and job.rank == 1:
+                say(between=3)
+                wait_to_go()
+                raise RuntimeError("gloo: as if this rank's reduction had failed")
+            optim.step()
+            optim.zero_grad()
+            job.commit(loss=loss)
+            say(committed=job.step, generation=job.generation)
+        say(result={"digest": digest(dict(model.named_parameters())), "entered": entered})
+
+    function()
+
+
+def failing(step: int) -> None:
+    """An error of the user's own."""
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        model = job.replicate(nn.Linear(4, 4))
+        job.track(model=model)
+        while True:
+            model(torch.randn(2, 4)).sum().backward()
+            if job.step == step:
+                raise KeyError("the user's own")
+            job.commit()
+
+    function()
+
+
+def many_kinds(steps: int, untracked: bool = False) -> None:
+    """Two modules and optimizers, an unused parameter, accumulation, a scheduler tracked on its own, a
+    Counter."""
+    entered = 0
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        nonlocal entered
+        entered += 1
+        torch.manual_seed(2)
+        first, second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2), nn.Linear(3, 3))
+        job.replicate(first)
+        job.replicate(second)
+        one = torch.optim.AdamW(
+            [{"params": [first.weight]}, {"params": [first.bias], "weight_decay": 0.0}], lr=0.1
+        )
+        two = torch.optim.SGD(second.parameters(), lr=torch.tensor(0.1), momentum=0.5)
+        job.track(first=first, second=second, one=one, two=two)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(one, [2, 5], gamma=0.5)
+        job.track(scheduler=scheduler)
+        say(entered=entered, lr=one.param_groups[0]["lr"], step=job.step)
+        while job.step < steps:
+            if job.generation == 0 and job.step == 6 and job.rank == 1:
+                stop_here(holding=6)
+            with job.accumulate():
+                second[0](first(torch.randn(3, 4))).pow(2).mean().backward()
+            second[0](first(torch.randn(3, 4))).pow(2).mean().backward()
+            assert second[1].weight.grad is None, "no rank used it"
+            one.step()
+            two.step()
+            one.zero_grad()
+            two.zero_grad()
+            scheduler.step()
+            job.commit()
+        tensors = dict(first.named_parameters()) | {f"2{k}": v for k, v in second.named_parameters()}
+        say(result={"digest": digest(tensors), "lr": one.param_groups[0]["lr"], "entered": entered})
+
+    function()
+
+
+def only_replicated(steps: int) -> None:
+    """Never calls track."""
+    entered = 0
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        nonlocal entered
+        entered += 1
+        torch.manual_seed(3)
+        model = job.replicate(nn.Linear(4, 4))
+        while job.step < steps:
+            loss = model(torch.randn(2, 4)).pow(2).mean()
+            if job.generation == 0 and job.step == 3 and job.rank == 1:
+                stop_here(holding=3)
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+            job.commit()
+        say(result={"digest": digest(dict(model.named_parameters())), "entered": entered})
+
+    function()
+
+
+def reduces(weights: list[int]) -> None:
+    """One reduction compared with a single process that sees all samples; counts by samples, not by ranks."""
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        torch.manual_seed(5)
+        model = job.replicate(
+            nn.Sequential(nn.Linear(6, 700), nn.ReLU(), nn.Linear(700, 500), nn.Linear(500, 1))
+        )
+        reference = copy.deepcopy(model)
+        x = torch.randn(sum(weights), 6)
+        dataset = torch.utils.data.TensorDataset(x)
+        for (mine,) in job.batches(dataset, len(x), shuffle=False):
+            for _ in range(2):
+                model(mine).pow(2).mean().backward()
+            for _ in range(2):
+                reference(x).pow(2).mean().backward()
+            worst = max(
+                float((p.grad - q.grad).abs().max())
+                for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+            )
+            say(result={"worst": worst, "local": job.local_samples})
+            job.commit()
 
     function()

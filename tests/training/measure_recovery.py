@@ -1,6 +1,7 @@
-"""Kill → next new step at full world, with this folder's harness in place of an agent. Not a test: run it by hand.
+"""Kill → next new step at full world, with this folder's harness in place of an agent. Not a test: run it by
+hand.
 
-    python tests/training/measure_recovery.py 10
+python tests/training/measure_recovery.py 10
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main(kills: int) -> None:
             forked = time.time()
             first = [cluster.wait_said(worker, generation=kill) for worker in cluster.alive]
             totals.append(max(said["at"] for said in first) - began)
-            print(f"kill {kill}: {totals[-1] * 1e3:.0f} ms; death seen {(killed - began) * 1e3:.0f},", end=" ")
+            print(
+                f"kill {kill}: {totals[-1] * 1e3:.0f} ms; death seen {(killed - began) * 1e3:.0f},", end=" "
+            )
             print(f"worlds sent and forked {(forked - killed) * 1e3:.0f}")
 
             for worker, said in zip(cluster.alive, first, strict=True):
@@ -40,7 +43,8 @@ def main(kills: int) -> None:
                 usual = statistics.median(s["took"] for s in worker.said if "took" in s)
                 print(f"   rank {worker.rank}: step {said['committed']}: {text} (a step: {usual * 1e3:.0f})")
     zygote.close()
-    print(f"median {statistics.median(totals) * 1e3:.0f} ms, worst {max(totals) * 1e3:.0f} ms over {len(totals)}")
+    median, worst = statistics.median(totals) * 1e3, max(totals) * 1e3
+    print(f"median {median:.0f} ms, worst {worst:.0f} ms over {len(totals)} kills")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,24 @@ EVERY_2 = {"snapshot": {"interval_steps": 2, "interval_s": 0}}
 
 
 def test_everybody_dies_and_the_next_start_resumes(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
-    args = {"steps": 12, "paced": True, "dropout": 0.1, "scheduler": True, "frozen": True, "holds": [[0, 7, 0], [0, 7, 1]]}
+    args = {
+        "steps": 12,
+        "paced": True,
+        "dropout": 0.1,
+        "scheduler": True,
+        "frozen": True,
+        "holds": [[0, 7, 0], [0, 7, 1]],
+    }
     with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2) as cluster:
         cluster.start(2)
         for worker in cluster.alive:
             cluster.wait_said(worker, holding=7)
-        cluster.wait(lambda: any(e["step"] == 6 for e in cluster.events("snapshot.committed")), "snapshot of step 6")
-    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2, first_generation=1) as cluster:
+        cluster.wait(
+            lambda: any(e["step"] == 6 for e in cluster.events("snapshot.committed")), "snapshot of step 6"
+        )
+    with Cluster(
+        zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2, first_generation=1
+    ) as cluster:
         cluster.start(2)
         cluster.wait_exits()
         resumed = cluster.results()
@@ -49,7 +60,8 @@ def test_sharded_state_four_three_two_four(zygote: Zygote, tmp_path: Path, run_d
             doomed = cluster.alive[-1]
             cluster.wait_said(doomed, holding=held_at)
             cluster.wait(
-                lambda step=snapshot: any(e["step"] == step for e in cluster.events("snapshot.committed")), "snapshot"
+                lambda step=snapshot: any(e["step"] == step for e in cluster.events("snapshot.committed")),
+                "snapshot",
             )
             cluster.kill(doomed)
             cluster.reform()
@@ -71,7 +83,9 @@ def test_sharded_state_four_three_two_four(zygote: Zygote, tmp_path: Path, run_d
 
 
 @pytest.mark.parametrize("how", ["message", "signal"])
-def test_a_stop_is_agreed_and_leaves_a_snapshot(zygote: Zygote, tmp_path: Path, run_dir: Path, how: str) -> None:
+def test_a_stop_is_agreed_and_leaves_a_snapshot(
+    zygote: Zygote, tmp_path: Path, run_dir: Path, how: str
+) -> None:
     args = {"steps": 100_000}
     with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
         cluster.start(2)

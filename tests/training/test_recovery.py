@@ -32,7 +32,9 @@ def committed_indices(cluster: Cluster) -> dict[int, list[int]]:
     return {step: [i for rank in sorted(by) for i in by[rank]] for step, (_, by) in newest.items()}
 
 
-@pytest.mark.parametrize("extra", [{"dropout": 0.2}, {"norm": True, "scheduler": True}], ids=["dropout", "norm"])
+@pytest.mark.parametrize(
+    "extra", [{"dropout": 0.2}, {"norm": True, "scheduler": True}], ids=["dropout", "norm"]
+)
 def test_a_survivor_keeps_its_process_and_no_step_is_lost(
     zygote: Zygote, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
@@ -68,7 +70,8 @@ def test_rank_0_may_die_too(zygote: Zygote, tmp_path: Path) -> None:
 
 
 def test_four_three_two_four(zygote: Zygote, tmp_path: Path) -> None:
-    """Every sample once an epoch, the same result, at any sequence of worlds; a planned world loses nothing."""
+    """Every sample once an epoch, the same result, at any sequence of worlds; a planned world loses
+    nothing."""
     args = {"steps": 20, "batch": 6, "size": 27, "holds": [[0, 3, 3], [1, 6, 2], [2, 10, -1]]}
     with Cluster(zygote, tmp_path, "train", args) as cluster:
         cluster.start(4)

@@ -1,7 +1,7 @@
 """The harness's zygote: a process without threads that has imported torch and forks workers when told to.
 
-Talks SEQPACKET with the test process: a spawn request brings three descriptors (control, board, report); exits of
-workers are told as they happen. Ends, with all workers, when the test process does.
+Talks SEQPACKET with the test process: a spawn request brings three descriptors (control, board, report);
+exits of workers are told as they happen. Ends, with all workers, when the test process does.
 """
 
 import array
@@ -52,8 +52,9 @@ def main() -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
-    import autoglm_elastic.training.run
     import jobs  # noqa: F401
+
+    import autoglm_elastic.training.run  # noqa: F401
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

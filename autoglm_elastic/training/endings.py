@@ -1,0 +1,31 @@
+"""What an exception that left the user's function says about the world, and letting go of what it holds.
+
+Looks at exceptions only.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import torch.distributed as dist
+
+from autoglm_elastic.errors import PlatformError
+
+
+def is_collective(error: BaseException) -> bool:
+    """Whether an error, or what led to it, came out of a collective or the c10d store."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (dist.DistError, PlatformError)) or "gloo" in str(seen).lower():
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def forget(error: BaseException) -> None:
+    """Let go of what the user's frames hold: models, optimizers, activations."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
