@@ -40,6 +40,7 @@ class Agreement:
     job: dict[str, Any]
     names: frozenset[str] = frozenset()
     entry: str | None = None
+    holders: tuple[int, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +94,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             entries,
             records,
             sharded_expected=expected,
-            live_shards=False,
+            live_shards=True,
         )
         if plan.tier != "disk":
             break
@@ -110,10 +111,17 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
         )
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
-        return Agreement(plan, source.job, frozenset(source.names))
+        holders = _holders(plan, held, shards) if source.holding.sharded else ()
+        return Agreement(plan, source.job, frozenset(source.names), holders=holders)
     if plan.tier == "disk":
         return Agreement(plan, dict(opened["job"]), entry=entry, layouts=dict(opened["layouts"]))
     return Agreement(plan, {"seed": held[0].seed, "cursors": {}})
+
+
+def _holders(plan: Plan, held: list[Held], shards: int) -> tuple[int, ...]:
+    """The rank that holds shard 0, 1, … of the state that the plan resumes from."""
+    holds = {h.holding.shard: h.holding.rank for h in held if h.holding.rank not in plan.receivers}
+    return tuple(holds[f"{shard}/{shards}"] for shard in range(shards))
 
 
 def _first_good(plan: Plan, stored: Stored) -> tuple[str | None, Mapping[str, Any]]:
@@ -135,4 +143,11 @@ def _held(data: dict[str, Any]) -> Held:
 
 def _from_json(data: dict[str, Any]) -> Agreement:
     names = frozenset(data["names"])
-    return Agreement(Plan.from_json(data["plan"]), data["job"], names, data["entry"], data["layouts"])
+    return Agreement(
+        Plan.from_json(data["plan"]),
+        data["job"],
+        names,
+        data["entry"],
+        tuple(data["holders"]),
+        data["layouts"],
+    )

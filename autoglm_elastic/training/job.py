@@ -255,14 +255,11 @@ class Job:
             self._give_up(failure)
         values = metrics | self._logged
         self._logged = {}
-        reshard = decision.leave and self._state.sharded
-        if decision.snapshot or decision.stop or reshard:
+        if decision.snapshot or decision.stop:
             self._begin_snapshot(values)
         if decision.stop:
             self._session.stop(self, self._wait_for_snapshot())
         if decision.leave:
-            if reshard:
-                self._wait_for_snapshot()
             raise WorldChanged(self.generation, "a new world is there")
         if (reason := self._session.why_broken(self.generation)) is not None:
             raise WorldChanged(self.generation, reason)

@@ -92,6 +92,8 @@ class Session:
                     return value  # type: ignore[return-value]  # it is the function's own value then
 
     def _next_world(self) -> wire.World:
+        if self._signal:
+            raise SystemExit(128 + self._signal)
         if self._control is None:
             return environment.read_world(self._generation + 1)
         limit = self.settings.membership.join_timeout_s + WORLD_LIMIT_MARGIN_S
@@ -215,7 +217,9 @@ class Session:
         self.state.begin(
             plan,
             world.rank,
+            world.world_size,
             names=agreement.names,
+            holders=agreement.holders,
             layouts=agreement.layouts,
             load=load,
             generation=world.generation,

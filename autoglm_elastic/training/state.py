@@ -10,7 +10,7 @@ May touch: the tracked objects. Must never: decide what to resume from (core/rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,7 @@ from autoglm_elastic.core.recovery import Plan
 from autoglm_elastic.training import move
 from autoglm_elastic.training.init_skip import SkippedInitialization
 from autoglm_elastic.training.outcomes import MisuseError, StateMismatch
+from autoglm_elastic.training.reshard import reshard
 from autoglm_elastic.training.tracked import (
     Layout,
     Tracked,
@@ -53,7 +54,8 @@ class State:
         self._objects: dict[str, Tracked] = {}
         self._live: dict[str, Tracked] = {}
         self._plan: Plan | None = None
-        self._rank = 0
+        self._rank, self._world_size = 0, 1
+        self._holders: Sequence[int] = ()
         self._awaited: frozenset[str] = frozenset()
         self._layouts: Mapping[str, Layout] = {}
         self._load: Loader | None = None
@@ -66,8 +68,10 @@ class State:
         self,
         plan: Plan,
         rank: int,
+        world_size: int,
         *,
         names: frozenset[str],
+        holders: Sequence[int],
         layouts: Mapping[str, Layout],
         load: Loader | None,
         generation: int,
@@ -76,12 +80,14 @@ class State:
 
         Args:
             names: what the source of a live state tracks.
+            holders: for a sharded live state the rank that holds shard 0, 1, …
             layouts, load: for a state from disk: its layouts by name, and how to read it.
         """
-        self._plan, self._rank = plan, rank
+        self._plan, self._rank, self._world_size = plan, rank, world_size
+        self._holders = holders
         self._layouts, self._load = layouts, load
         self._live, self._objects = self._objects, {}
-        receives = plan.tier == "live" and rank in plan.receivers
+        receives = plan.tier == "live" and (rank in plan.receivers or bool(holders))
         if plan.tier != "live":
             self._live = {n: t for n, t in self._live.items() if plan.tier == "disk" and not t.sharded}
         self._awaited = names if receives else frozenset(layouts)
@@ -163,6 +169,8 @@ class State:
             fresh = [t for t in new.values() if isinstance(t, TrackedModule) and not synchronized(t.target)]
             if not alone and fresh:
                 move.broadcast([x for t in fresh if not t.sharded for x in t.capture()[1]], 0)
+        elif self._holders:
+            self._reshard(new)
         elif plan.tier == "live":
             for name, tracked in new.items():
                 if name in self._live:
@@ -234,6 +242,22 @@ class State:
             move.broadcast(mine, source)
         for name, tensors in targets.items():
             new[name].finish(offer["layouts"][name], tensors)
+
+    def _reshard(self, new: Mapping[str, Tracked]) -> None:
+        """Live shards of a world that nobody was lost from, into this one."""
+        source = self._holders[0]
+        old = {name: self._live[name].capture() for name in new if name in self._live}
+        if len(old) < len(new) and self._rank in self._holders:
+            self._complain_missing([name for name in new if name not in old])
+        layouts = {name: layout for name, (layout, _) in old.items()}
+        layouts = move.broadcast_json(layouts, source, self._rank)
+        targets = _prepare(new, layouts)
+        mine = [tensor for name in new for tensor in old[name][1]] if old else None
+        with torch.no_grad():
+            flat = [tensor for tensors in targets.values() for tensor in tensors]
+            reshard(flat, mine, self._holders, self._rank, self._world_size)
+        for name, tensors in targets.items():
+            new[name].finish(layouts[name], tensors)
 
     def _load_from_disk(self, new: Mapping[str, Tracked]) -> None:
         missing = [name for name in new if name not in self._layouts]

@@ -177,6 +177,10 @@ class Cluster:
                 selector.register(pidfd, selectors.EVENT_READ)
                 selector.select(LIMIT_S)
             os.close(pidfd)
+        self.forget(worker)
+
+    def forget(self, worker: Worker) -> None:
+        """It is no longer one of us, dead or not."""
         self.alive.remove(worker)
         for other in self.alive:
             self.send(other, wire.Break(self.generation, f"rank {worker.rank} died"))

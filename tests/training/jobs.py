@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autoglm_elastic as elastic
+from autoglm_elastic.training import move
 
 _report: socket.socket | None = None
 
@@ -86,6 +87,7 @@ def train(
     ask_at: int = -1,
     paced: bool = False,
     epochs: int = 1000,
+    far: bool = False,
 ) -> None:
     """A small regression.
 
@@ -93,6 +95,8 @@ def train(
     [generation, step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to
     go on.
     """
+    if far:
+        move.place = lambda: [str(os.getpid())]  # as if every worker were on a host of its own
     data = Regression(size)
     entered = 0
 

@@ -51,7 +51,7 @@ def test_everybody_dies_and_the_next_start_resumes(zygote: Zygote, tmp_path: Pat
 
 
 def test_sharded_state_four_three_two_four(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
-    """FSDP2: a loss goes back to the newest snapshot, a planned world cuts one first and loses nothing."""
+    """FSDP2: a loss goes back to the newest snapshot; a planned world moves the live shards."""
     args: dict[str, Any] = {"steps": 14, "paced": True, "shard": True, "frozen": True, "batch": 12}
     disturbed = args | {"holds": [[0, 5, 3], [1, 7, 2], [2, 9, -1]]}
     with Cluster(zygote, tmp_path, "train", disturbed, run_dir=run_dir, settings=EVERY_2) as cluster:
@@ -72,6 +72,7 @@ def test_sharded_state_four_three_two_four(zygote: Zygote, tmp_path: Path, run_d
         results = cluster.results()
         assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("disk", 4)}
         assert {(r.tier, r.from_step) for r in cluster.resumed(2)} == {("disk", 6)}
+        assert {r.tier for r in cluster.resumed(3)} == {"live"}
         assert min(r.from_step for r in cluster.resumed(3)) >= 9
     assert len({r["digest"] for r in results}) == 1
     (tmp_path / "calm").mkdir()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from harness import Cluster, Zygote
 
+from autoglm_elastic import wire
+
 
 def undisturbed(zygote: Zygote, folder: Path, args: dict[str, Any], workers: int) -> list[dict[str, Any]]:
     folder.mkdir()
@@ -32,9 +34,10 @@ def committed_indices(cluster: Cluster) -> dict[int, list[int]]:
     return {step: [i for rank in sorted(by) for i in by[rank]] for step, (_, by) in newest.items()}
 
 
-@pytest.mark.parametrize(
-    "extra", [{"dropout": 0.2}, {"norm": True, "scheduler": True}], ids=["dropout", "norm"]
-)
+EXTRAS = {"dropout": {"dropout": 0.2}, "norm": {"norm": True, "scheduler": True}, "far": {"far": True}}
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
 def test_a_survivor_keeps_its_process_and_no_step_is_lost(
     zygote: Zygote, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
@@ -104,3 +107,49 @@ def test_more_ranks_than_samples_in_a_batch(zygote: Zygote, tmp_path: Path) -> N
     one = undisturbed(zygote, tmp_path / "one", args, 1)
     assert len({r["digest"] for r in three}) == 1
     assert three[0]["weights"] == pytest.approx(one[0]["weights"], rel=1e-5, abs=1e-6)
+
+
+def test_a_peer_that_hangs_holds_nobody(zygote: Zygote, tmp_path: Path) -> None:
+    """Its connections stay open, so only breaking the group frees the others."""
+    args = {"steps": 9, "holds": [[0, 4, 2]]}
+    with Cluster(zygote, tmp_path, "train", args) as cluster:
+        cluster.start(3)
+        hanging = cluster.alive[2]
+        cluster.wait_said(hanging, holding=4)
+        cluster.forget(hanging)
+        for worker in cluster.alive:
+            cluster.wait(lambda w=worker: wire.Unwound(0) in w.told, "unwound")
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert len({r["digest"] for r in cluster.results()}) == 1
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("live", 4)}
+
+
+def test_sharded_state_grows_without_a_run_directory(zygote: Zygote, tmp_path: Path) -> None:
+    args: dict[str, Any] = {"steps": 9, "shard": True, "frozen": True, "batch": 12}
+    with Cluster(zygote, tmp_path, "train", args | {"holds": [[0, 4, -1]]}) as cluster:
+        cluster.start(2)
+        cluster.wait_said(cluster.alive[0], waiting=4)
+        cluster.reform(add=1, planned=True)
+        cluster.say_go()
+        cluster.wait_exits()
+        results = cluster.results()
+        assert {r.tier for r in cluster.resumed(1)} == {"live"}
+        assert min(r.from_step for r in cluster.resumed(1)) >= 4
+    calm = undisturbed(zygote, tmp_path / "calm", args, 1)
+    assert results[0]["weights"] == pytest.approx(calm[0]["weights"], rel=1e-4, abs=1e-5)
+
+
+def test_a_death_while_a_planned_world_waits(zygote: Zygote, tmp_path: Path) -> None:
+    """The old generation breaks before its ranks agreed to leave it: they enter the new one all the same."""
+    args = {"steps": 8, "holds": [[0, 4, 1]]}
+    with Cluster(zygote, tmp_path, "train", args) as cluster:
+        cluster.start(2)
+        doomed = cluster.alive[1]
+        cluster.wait_said(doomed, holding=4)
+        cluster.reform(add=1, planned=True)
+        cluster.kill(doomed)
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert len({r["digest"] for r in cluster.results()}) == 1
+        assert {(r.tier, r.from_step) for r in cluster.resumed(2)} == {("live", 4)}
