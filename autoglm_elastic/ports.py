@@ -109,7 +109,7 @@ class Store(Protocol):
         """True when the key existed."""
 
     def txn(self, compares: Sequence[Compare], operations: Sequence[Put | Delete]) -> Txn:
-        """All operations if all compares hold (OK), none otherwise (CONFLICT, with the compared keys' entries)."""
+        """All operations if all compares hold (OK), none otherwise (CONFLICT, with the compared entries)."""
 
     def lease_grant(self, ttl_s: float) -> int: ...
 

@@ -108,8 +108,8 @@ ToWorker = World | Break | Stop
 ToAgent = Hello | Unwound | Resumed | Event | Done
 
 _encoder = msgspec.json.Encoder()
-_to_worker = msgspec.json.Decoder(ToWorker)
-_to_agent = msgspec.json.Decoder(ToAgent)
+_to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
+_to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
 
 
 def encode(message: ToWorker | ToAgent) -> bytes:
@@ -202,7 +202,9 @@ class Board:
         """The last note, or None when the writer died in the middle of one."""
         for _ in range(64):
             before = self._SEQUENCE.unpack_from(self._page)[0]
-            _, pid, state, generation, step, snapshot_step, _, loss, wall = self._LAYOUT.unpack_from(self._page)
+            _, pid, state, generation, step, snapshot_step, _, loss, wall = self._LAYOUT.unpack_from(
+                self._page
+            )
             if before % 2 == 0 and self._SEQUENCE.unpack_from(self._page)[0] == before:
                 return BoardNote(pid, RankState(state), generation, step, snapshot_step, loss, wall)
         return None

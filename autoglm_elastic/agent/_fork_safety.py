@@ -69,6 +69,7 @@ class ZygoteFacts:
         cwd: its working directory when it started.
         flags_differ: the launcher's interpreter runs with flags that a fresh one would not have.
         cuda: CUDA has been initialized in it or before it was forked.
+        threads: how many it keeps, 1 if it is as it should be.
         startup_modules: names in `sys.modules` of an interpreter that has just started.
     """
 
@@ -76,6 +77,7 @@ class ZygoteFacts:
     cwd: str
     flags_differ: bool
     cuda: bool
+    threads: int
     startup_modules: frozenset[str]
 
 

@@ -7,6 +7,8 @@ the leader, however late it wakes up, changes nothing. It has no thread; the ses
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from autoglm_elastic.agent._keys import Keys
@@ -44,11 +46,13 @@ class Leader:
         policy: core.Policy,
         first_generation: int,
         clock: Clock,
+        committed_step: Callable[[], int],
     ) -> None:
         self._store = store
         self._keys = keys
         self._leadership = leadership
         self._clock = clock
+        self._committed_step = committed_step
         self._state = core.start(policy, first_generation=first_generation, now=clock.monotonic())
         self._generation_revision = 0
         self._ended = False
@@ -87,6 +91,9 @@ class Leader:
     def feed(self, view: View, event: core.Event) -> None:
         if self._ended:
             return
+        if isinstance(event, core.MemberDown):
+            # A node that is gone cannot tell how far it was; ours was as far, within a step.
+            event = replace(event, step=max(event.step, self._committed_step()))
         self._state, effects = core.step(self._state, event)
         for effect in effects:
             match effect:

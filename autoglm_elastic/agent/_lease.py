@@ -18,7 +18,7 @@ FENCE_FRACTION: Final = 0.75
 RENEW_FRACTION: Final = 0.2
 """Renewals start this part of the lease apart: two may fail before the fence."""
 
-STOP_S_MAX: Final = 5.0
+STOP_S_MAX: Final = 1.0
 
 
 class LeaseKeeper:

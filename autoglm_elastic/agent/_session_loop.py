@@ -63,6 +63,7 @@ class SessionLoop:
         self.me = me
         self.lease = 0
         self.leader: Leader | None = None
+        self.committed_step: Callable[[], int] = lambda: -1
         self._inbox: deque[WatchEvent] = deque()
         self._stale = False
         """The view missed something: read everything again."""
@@ -245,6 +246,7 @@ class SessionLoop:
             # On a store that began anew (its host was restarted) numbers still only grow.
             first_generation=max(self._first_generation, self._told_generation + 1),
             clock=self._clock,
+            committed_step=lambda: self.committed_step(),
         )
         with self.changed:
             if not self.lease:

@@ -5,23 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from autoglm_elastic.agent import _linux
 
+THREAD_END_S: Final = 1.0
+"""A joined thread is listed until the kernel has let go of it, microseconds later; nothing tells when."""
 
-def settled_threads() -> int:
+
+def settled_threads(kept: int = 1) -> int:
     """Threads of this process, once those of OpenBLAS have been stopped.
 
-    Importing NumPy starts them. OpenBLAS's own handler of `fork` stops them until they are needed again, so a fork that
-    does nothing is the way to get rid of them.
+    Importing NumPy starts them. OpenBLAS's own handler of `fork` stops them until they are needed again, so a
+    fork that does nothing is the way to get rid of them.
+
+    Args:
+        kept: how many are known to stay, so that nothing is waited for.
     """
-    if _linux.thread_count() > 1 and threading.active_count() == 1:
+    if _linux.thread_count() > kept and threading.active_count() == 1:
         pid = os.fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
+        deadline = time.monotonic() + THREAD_END_S
+        while _linux.thread_count() > kept and time.monotonic() < deadline:
+            os.sched_yield()
     return _linux.thread_count()
 
 

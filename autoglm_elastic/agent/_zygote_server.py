@@ -158,7 +158,7 @@ class ZygoteServer:
         if script is not None:
             self._prepared.compute_threads.follow(request.env)
         facts = self._prepared.facts
-        reason = fork_unsafe_reason(request, facts, threads=_threads.settled_threads())
+        reason = fork_unsafe_reason(request, facts, threads=_threads.settled_threads(facts.threads))
         if reason is not None or script is None or sys.flags.safe_path:
             return reason
         folder = request.cwd or os.getcwd()

@@ -89,7 +89,7 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
     compute_threads = _threads.ComputeThreads(env)
     gc.collect()
     gc.freeze()
-    _threads.settled_threads()
+    threads = _threads.settled_threads()
     # From here on the server's loop watches the agent, and ends the workers' whole sessions with it.
     _linux.set_parent_death_signal(0)
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -98,6 +98,7 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
         cwd=cwd,
         flags_differ=flags != [tuple(sys.flags), sys.warnoptions, sys._xoptions],
         cuda=cuda_initialized(),
+        threads=threads,
         startup_modules=frozenset(modules),
     )
     return Prepared(facts, dataclasses.replace(state, path=tuple(path), interrupt=interrupt), compute_threads)

@@ -265,7 +265,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             return True
         self._is_shut_down = True
         told = True
-        if self._serves_stock_agent and not self.is_closed():
+        if self._serves_stock_agent and not self.is_closed() and self._attachment.client.is_connected:
             try:
                 self.set_closed()
             except StoreUnavailable as error:

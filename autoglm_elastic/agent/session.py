@@ -110,6 +110,11 @@ class NodeSession:
             self._events.close()
             raise
 
+    def tell_progress(self, committed_step: Callable[[], int]) -> None:
+        """`committed_step()`: the newest committed step of this node's workers, -1 for none. Asked from a
+        thread of the session's when a node is lost: the loss is not charged to a job that makes progress."""
+        self._loop.committed_step = committed_step
+
     # Events
 
     @property

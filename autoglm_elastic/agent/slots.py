@@ -117,6 +117,12 @@ class WorkerSlot:
             self.step_max = max(self.step_max, note.step)
         return note
 
+    def newest_step(self) -> int:
+        """The newest committed step, -1 for none. From any thread: the board may be closed meanwhile."""
+        with contextlib.suppress(ValueError):
+            self.note()
+        return self.step_max
+
     def _drop_control(self) -> None:
         if self._control is not None:
             with contextlib.suppress(OSError):

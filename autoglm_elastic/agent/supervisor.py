@@ -46,6 +46,10 @@ WAIT_S_MAX = 60.0
 """No event for this long: look around and wait again. Nothing depends on it."""
 
 
+LEAVE_S_MAX = 10.0
+"""How long workers may take to end once the job is done everywhere else."""
+
+
 class Supervisor:
     """Runs the workers of `agent` through the generations of `handler`'s session until the job is over."""
 
@@ -63,6 +67,7 @@ class Supervisor:
         self._running = False
         self._stop_deadline: float | None = None
         self._finish_deadline: float | None = None
+        self._leave_deadline: float | None = None
         self._stop_signal = signal.SIGTERM
         self._inbox = SignalInbox()
 
@@ -74,6 +79,7 @@ class Supervisor:
             PlatformError: this node lost its membership, or the job ended elsewhere.
         """
         with self._inbox:
+            self._session.tell_progress(lambda: max(slot.newest_step() for slot in self._slots))
             self._session.join()
             while self._result is None:
                 self._wait()
@@ -198,10 +204,12 @@ class Supervisor:
         return world
 
     def _on_closed(self, event: Closed) -> None:
-        if event.outcome == "done" and self._all_finished():
-            self._agent.requeue = any(slot.done is not None and slot.done.requeue for slot in self._slots)
-            ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
-            self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
+        if event.outcome == "done":
+            if self._running and not self._all_finished() and any(slot.step_max >= 0 for slot in self._slots):
+                # The others were a moment faster; ours are on their way out.
+                self._leave_deadline = time.monotonic() + LEAVE_S_MAX
+                return
+            self._succeed()
             return
         if self._running:
             self._stop_group(event.reason)
@@ -209,6 +217,14 @@ class Supervisor:
             raise PlatformError(f"the job has ended: {event.reason}")
         logger.error("%s", event.reason)
         self._result = RunResult(WorkerState.FAILED, failures=self._failures)
+
+    def _succeed(self) -> None:
+        """The job is done. Workers that are still here only waited for a world that will not come."""
+        self._agent.requeue = any(slot.done is not None and slot.done.requeue for slot in self._slots)
+        if self._running and not self._all_finished():
+            self._stop_group("the job is done")
+        ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
+        self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
 
     def _on_lease_lost(self, event: LeaseLost) -> None:
         """Fence ourselves: nothing of this node may run on once others may think it dead."""
@@ -261,10 +277,14 @@ class Supervisor:
             slot.exit_code = exit_code
             slot.unwind_deadline = None
             slot.note()
-            if slot.pending is not None or not (slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)):
+            ended_well = slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)
+            if slot.pending is not None or not ended_well:
                 self._on_death(slot)
         if self._running and self._all_finished():
-            self._finish()
+            if self._leave_deadline is None:
+                self._finish()
+            else:
+                self._succeed()
 
     def _all_finished(self) -> bool:
         return all(slot.finished for slot in self._slots)
@@ -391,8 +411,9 @@ class Supervisor:
             raise SignalException("the workers did not leave in time", self._stop_signal)
         if self._finish_deadline is not None and now >= self._finish_deadline and self._result is None:
             logger.warning("the other nodes did not finish within %.0f s", self._agent.finish_timeout_s)
-            ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
-            self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
+            self._succeed()
+        if self._leave_deadline is not None and self._result is None and now >= self._leave_deadline:
+            self._succeed()
 
     def _on_signal(self, received: signal.Signals) -> None:
         graceful = (

@@ -50,6 +50,7 @@ class StoreState:
     def __init__(self) -> None:
         self.revision = 0
         self._stored: dict[str, _Stored] = {}
+        self._stored_bytes = 0
         self._order: list[str] = []
         self._leases: dict[int, _Lease] = {}
         self._leases_granted = 0
@@ -103,6 +104,9 @@ class StoreState:
         new_keys = sum(1 for key, data, _ in prepared if data is not None and key not in self._stored)
         if len(self._stored) + new_keys > limits.KEYS_MAX:
             raise StoreRefused(f"more than {limits.KEYS_MAX} keys")
+        new_bytes = sum(len(data) for _, data, _ in prepared if data is not None)
+        if self._stored_bytes + new_bytes > limits.STORED_BYTES_MAX:
+            raise StoreRefused(f"more than {limits.STORED_BYTES_MAX} bytes of values")
         if any(self._mod_revision(compare.key) != compare.mod_revision for compare in compares):
             found = (self.get(compare.key) for compare in compares)
             return Txn(Outcome.CONFLICT, self.revision, tuple(entry for entry in found if entry is not None))
@@ -190,6 +194,7 @@ class StoreState:
 
     def _apply(self, key: str, data: bytes | None, lease: int) -> None:
         before = self._stored.pop(key, None)
+        self._stored_bytes += len(data or b"") - (0 if before is None else len(before.data))
         if before is not None and before.lease in self._leases:
             self._leases[before.lease].keys.discard(key)
         if data is None:

@@ -104,6 +104,10 @@ class StoreClient:
         """The address of this machine that the server sees: one that others can reach, too."""
         return self._channel.local_host
 
+    @property
+    def is_connected(self) -> bool:
+        return self._connected
+
     # The port
 
     def get(self, key: str) -> Entry | None:
@@ -250,15 +254,19 @@ class StoreClient:
     # The reader
 
     def _run(self) -> None:
-        while True:
-            why = self._read_until_broken()
-            if not self._note_loss():
-                break
-            self._tell(False)
-            if not self._reconnect(why):
-                break
-            self._tell(True)
-        self._channel.close()
+        try:
+            while True:
+                why = self._read_until_broken()
+                if not self._note_loss():
+                    return
+                self._tell(False)
+                if not self._reconnect(why):
+                    return
+                self._tell(True)
+        finally:
+            # Also when a callback raised: nobody must wait for answers that no thread reads.
+            self._end("the client's thread has ended")
+            self._channel.close()
 
     def _read_until_broken(self) -> str:
         while True:

@@ -20,6 +20,9 @@ VALUE_BYTES_MAX: Final = 3 << 20
 """Below `FRAME_BYTES_MAX` by more than a transaction's frame around it needs."""
 
 KEYS_MAX: Final = 1 << 17
+STORED_BYTES_MAX: Final = 256 << 20
+"""All values together."""
+
 TXN_COMPARES_MAX: Final = 64
 TXN_OPERATIONS_MAX: Final = 4096
 """One transaction can clear what a generation of that many nodes left behind."""

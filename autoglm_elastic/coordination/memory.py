@@ -94,6 +94,13 @@ class MemoryStore:
                 self._watches.remove(watch)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # Also when a callback raised: a store whose watches are dead must not look alive.
+            self._closed = True
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 if self._closed:

@@ -1,9 +1,9 @@
 """The restart budget: how many failures without progress a job may have.
 
-A job that makes progress is not charged for old failures. One that commits steps has a budget of its own:
-`max_restarts` speaks of restarts of a group, which such a job hardly has. Progress is a committed step that is newer than any
+A job that makes progress is not charged for old failures. Progress is a committed step that is newer than any
 seen at an earlier failure; for a job that never committed one (a script that knows nothing of us), it is a
-group that stayed up for `progress_s`.
+group that stayed up for `progress_s`. A job that commits steps has a budget of its own: `max_restarts` speaks of
+restarts of a whole group, which such a job hardly has.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from autoglm_elastic.core.failure import Failure
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`max_failures`: for a job that has committed a step, when it is more than `max_restarts`. `failures` since the last progress, `step` the newest committed step seen at a failure (-1: none),
-    `first` the first failure since the last progress: the one to be named, since later ones are often its
-    echo."""
+    """`max_failures`: for a job that has committed a step, when it is more than `max_restarts`. `failures`
+    since the last progress, `step` the newest committed step seen at a failure (-1: none), `first` the first
+    failure since the last progress: the one to be named, since later ones are often its echo."""
 
     max_restarts: int
     progress_s: float

@@ -87,6 +87,7 @@ class SimDisk:
         if snapshot in self.manifests:
             return Outcome.CONFLICT
         self.manifests[snapshot] = packs
+        self._loop.trace(f"disk: manifest of {snapshot.entry}")
         return Outcome.OK
 
     def put_entry(self, snapshot: Snapshot) -> Outcome:
@@ -95,6 +96,15 @@ class SimDisk:
         self.entries[snapshot.entry] = snapshot
         self.changed = True
         self._loop.trace(f"disk: entry {snapshot.entry}")
+        return Outcome.OK
+
+    def put_record(self, record: GenerationRecord) -> Outcome:
+        if record.number in self.records:
+            return Outcome.CONFLICT
+        self.records[record.number] = record
+        self._loop.trace(
+            f"disk: record {record.number} extends {record.parent} at step {record.resumed_step}"
+        )
         return Outcome.OK
 
     def facts(self) -> list[EntryFact]:

@@ -24,6 +24,22 @@ KINDS: Final = (
 )
 
 
+GAPS: Final = (
+    "committed in generation",
+    "committed in generation",
+    "disk: manifest",
+    "disk: manifest",
+    "put entry",
+    "disk: entry",
+    "abort: ",
+    "plans: ",
+    "disk: record",
+    "seals generation",
+    ": leads",
+)
+"""Lines of the trace after which a fault may strike: what follows them has not happened yet."""
+
+
 def random_config(seed: int, *, nodes: int = 3) -> SimConfig:
     """A configuration that is a function of the seed alone. `nodes` is the largest world drawn."""
     draw = random.Random(f"config {seed}")  # noqa: S311  a simulation must be repeatable, not secret
@@ -41,22 +57,23 @@ def random_config(seed: int, *, nodes: int = 3) -> SimConfig:
         snapshot_every=draw.choice((1, 2, 3, 5)),
         sharded=draw.random() < 0.35,
         max_restarts=draw.choice((1, 2)) if draw.random() < 0.1 else 1000,
-        lost_message=draw.choice((0.0, 0.0, 0.1, 0.4)),
+        lost_message=draw.choice((0.0, 0.0, 0.0, 0.05, 0.3)),
         repeated_message=draw.choice((0.0, 0.1)),
         unknown=draw.choice((0.0, 0.0, 0.05, 0.3)),
-        write_failure=draw.choice((0.0, 0.0, 0.1, 1.0)),
+        write_failure=draw.choice((0.0, 0.0, 0.0, 0.05, 0.1, 1.0)),
         faults=faults,
     )
 
 
 def _fault(draw: random.Random, names: list[str], workers: int) -> Fault:
-    kind = draw.choice(KINDS)
-    target = "rank0" if draw.random() < 0.4 else f"{draw.choice(names)}.{draw.randrange(workers)}"
-    long = draw.random() < 0.6
-    return Fault(
-        kind,
-        target,
-        at_s=round(draw.uniform(0.0, FAULTS_UNTIL_S), 3),
-        duration_s=round(draw.uniform(3.0, 12.0) if long else draw.uniform(0.1, 3.0), 3),
-        effects=draw.randint(1, 8),
-    )
+    """Half of the faults strike in the gap right after a step of a protocol, the others at any time."""
+    kind, target = draw.choice(KINDS), f"{draw.choice(names)}.{draw.randrange(workers)}"
+    duration_s = round(draw.uniform(3.0, 12.0) if draw.random() < 0.6 else draw.uniform(0.1, 3.0), 3)
+    effects = draw.randint(1, 8)
+    if draw.random() < 0.4:
+        target = "rank0"
+    if draw.random() < 0.5:
+        at_s = round(draw.uniform(0.0, FAULTS_UNTIL_S), 3)
+        return Fault(kind, target, at_s=at_s, duration_s=duration_s, effects=effects)
+    when, nth = draw.choice(GAPS), draw.randint(1, 4)
+    return Fault(kind, target, when=when, nth=nth, duration_s=duration_s, effects=effects)

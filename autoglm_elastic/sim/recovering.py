@@ -92,11 +92,10 @@ class Recovery:
         self._attempts += 1
 
         def put() -> Outcome:
-            if record.number in self._disk.records:
-                return Outcome.CONFLICT
-            self._disk.records[record.number] = record
-            self._sim.checker.recorded(record)
-            return Outcome.OK
+            outcome = self._disk.put_record(record)
+            if outcome is Outcome.OK:
+                self._sim.checker.recorded(record)
+            return outcome
 
         def then(outcome: Outcome) -> None:
             if not self._current or not self._worker.may_act():

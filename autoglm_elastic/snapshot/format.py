@@ -82,7 +82,8 @@ class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A document that nothing else names by its digest carries its own: the SHA-256 of itself with `digest` empty."""
+    """A document that nothing else names by its digest carries its own: the SHA-256 of itself with `digest`
+    empty."""
 
     digest: str = ""
 

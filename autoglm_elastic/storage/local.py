@@ -329,6 +329,8 @@ class LocalBlobs:
     def list(self, prefix: str) -> list[str]:
         """Plain files under the directory `prefix`, at any depth a name can have."""
         top = self.path(prefix)
+        if os.path.islink(top):
+            raise CorruptSnapshot(f"{top} is a symbolic link", valid="a directory")
         names: list[str] = []
 
         def failed(error: OSError) -> None:

@@ -21,8 +21,13 @@ def derive(*numbers: int) -> int:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set the global generators to the stream of `rank` in the step after `step` committed ones."""
+    """Set the global generators to the stream of `rank` in the step after `step` committed ones.
+
+    Not by `torch.manual_seed`, which formats a stack trace for every kind of device that is not in use.
+    """
     value = derive(seed, step, rank)
     random.seed(value)
     np.random.seed([value & 0xFFFF_FFFF, value >> 32])
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(value)

@@ -81,7 +81,9 @@ class TrackedModule(Tracked):
     def __init__(self, name: str, target: nn.Module) -> None:
         super().__init__(name, target)
         self._shadows: dict[str, tuple[int, Tensor]] = {}
-        self._versions: dict[str, int] = {}
+        self._versions: list[tuple[dict[str, Any], str, int]] = []
+        self._buffers = _places(target, "_buffers")
+        self._parameters = _places(target, "_parameters")
 
     @property
     def sharded(self) -> bool:
@@ -122,12 +124,15 @@ class TrackedModule(Tracked):
                     other = leftovers.get(name)
                     if name not in mine and other is not None and other.shape == buffer.shape:
                         buffer.data = other.data
-        self._shadows, self._versions = old._shadows, old._versions
+        self._shadows = old._shadows
 
     def shadow(self) -> None:
         now, kept = [], []
-        for name, buffer in self.target.named_buffers():
+        for name, owner, key in self._buffers:
+            buffer = owner[key]
             known = self._shadows.get(name)
+            if buffer is None:
+                continue
             if known is None or known[1].shape != buffer.shape:
                 self._shadows[name] = (buffer._version, buffer.detach().clone())
             elif buffer.nbytes <= BUFFER_BYTES_SMALL or known[0] != buffer._version:
@@ -136,17 +141,18 @@ class TrackedModule(Tracked):
                 kept.append(known[1])
         if now:
             torch._foreach_copy_(kept, now)
-        self._versions = {
-            name: parameter._version
-            for name, parameter in self.target.named_parameters()
-            if not parameter.requires_grad
-        }
+        self._versions = [
+            (owner, key, parameter._version)
+            for _, owner, key in self._parameters
+            if (parameter := owner[key]) is not None and not parameter.requires_grad
+        ]
 
     def roll_back(self) -> None:
         now, kept = [], []
-        for name, buffer in self.target.named_buffers():
+        for name, owner, key in self._buffers:
+            buffer = owner[key]
             known = self._shadows.get(name)
-            if known is not None and known[1].shape == buffer.shape:
+            if buffer is not None and known is not None and known[1].shape == buffer.shape:
                 now.append(buffer.detach())
                 kept.append(known[1])
         if now:
@@ -154,8 +160,9 @@ class TrackedModule(Tracked):
 
     def changed_outside(self) -> bool:
         """A parameter that no optimizer owns (a moving average, say) was changed since the last `shadow`."""
-        now = dict(self.target.named_parameters())
-        return any(name in now and now[name]._version != seen for name, seen in self._versions.items())
+        return any(
+            owner[key] is not None and owner[key]._version != seen for owner, key, seen in self._versions
+        )
 
     def _compare(
         self, mine: Mapping[str, Tensor], theirs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -168,6 +175,16 @@ class TrackedModule(Tracked):
                     f"{self.name}.{name}: the state has {_say(there)}, the module {_say(found)}",
                     do="build the same module as before, or start a new run directory",
                 )
+
+
+def _places(root: nn.Module, kind: str) -> list[tuple[str, dict[str, Any], str]]:
+    """(full name, the owner's dictionary, key) of each parameter or buffer: walking the modules at every commit
+    would cost more than looking at what they own."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, getattr(module, kind), key)
+        for prefix, module in root.named_modules()
+        for key in getattr(module, kind)
+    ]
 
 
 def _say(shape_and_dtype: tuple[tuple[int, ...], torch.dtype] | None) -> str:

@@ -45,7 +45,9 @@ class Handlers:
         if not endpoint:
             endpoint = self.made[0].endpoint if self.made else "localhost:0"
         least, most = map(int, nodes.split(":"))
-        settings = {"node": f"node{len(self.made)}", "join_window_s": 0.2, "timeout": WAIT_S} | config
+        # A lease so long that a busy machine cannot end it by chance.
+        settings = {"join_window_s": 0.2, "timeout": WAIT_S, "lease_s": 600.0}
+        settings |= {"node": f"node{len(self.made)}"} | config
         params = RendezvousParameters("autoglm", endpoint, "job", least, most, **settings)
         handler = get_rendezvous_handler(params)
         assert isinstance(handler, AutoglmRendezvousHandler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -56,7 +55,9 @@ class Node:
     """A session and the events taken from it so far, waited for through its descriptor."""
 
     def __init__(self, store: Store, name: str, rules: Policy, **options: Any) -> None:
-        settings = {"run_id": "run/1", "host": "127.0.0.1", "nproc": 2, "role": "trainer"} | options
+        # A lease so long that a busy machine cannot end it by chance.
+        settings = {"run_id": "run/1", "host": "127.0.0.1", "nproc": 2, "role": "trainer", "lease_s": 600.0}
+        settings |= options
         self.name = name
         self.session = NodeSession(store, node=name, policy=rules, **settings)
         self._poll = select.poll()
@@ -378,57 +379,129 @@ def test_a_value_that_does_not_parse_harms_nobody(nodes: Nodes, caplog: pytest.L
 
 
 MEMBER = """
-import sys
+import select, sys
 from autoglm_elastic.agent.session import NodeSession
 from autoglm_elastic.coordination import StoreClient
 from autoglm_elastic.core.membership import Policy
-port, node = int(sys.argv[1]), sys.argv[2]
+port, node, lease_s = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 session = NodeSession(
     StoreClient("127.0.0.1", port), run_id="run/1", node=node, host="127.0.0.1", nproc=2, role="trainer",
-    policy=Policy(1, 3, 3, 0.2, 30.0, 3600.0), lease_s=3600.0,
+    policy=Policy(1, 3, 3, 0.2, 30.0, 3600.0), lease_s=lease_s,
 )
 session.join()
 print("joined", flush=True)
-sys.stdin.read()
+while True:
+    select.select([session.events_fd], [], [])
+    for event in session.take_events():
+        print(type(event).__name__, flush=True)
 """
 
 
-@contextlib.contextmanager
-def member(port: int, node: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", MEMBER, str(port), node],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "joined\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+class MemberProcess:
+    """A member of the run in a process of its own. Says "joined", then the names of its session's events."""
+
+    def __init__(self, server: StoreServer, node: str, lease_s: float = 3600.0) -> None:
+        arguments = [str(server.address[1]), node, str(lease_s)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MEMBER, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        self.wait_for("joined")
+
+    def wait_for(self, word: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == word:
+                return
+        pytest.fail(f"the member ended without saying {word}")
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def test_killed_agents_are_gone_at_once_and_a_killed_leader_too(nodes: Nodes) -> None:
-    """Their leases are an hour long: it is the closed connection that tells."""
+@pytest.fixture
+def server() -> Iterator[StoreServer]:
     server = StoreServer("127.0.0.1", 0)
-    client = StoreClient(*server.address)
-    with member(server.address[1], "leader") as leader, member(server.address[1], "other") as other:
-        a = nodes("a", policy(1, 3), store=client)
-        client.on_connection = a.session.connection_changed
-        a.wait_for(lambda event: isinstance(event, Sealed) and event.generation.placement("a") is not None)
-        os.kill(other.pid, signal.SIGKILL)
-        a.sealed(["leader", "a"])
-        assert not a.session.is_leader()
-        os.kill(leader.pid, signal.SIGKILL)
-        last = a.sealed(["a"])
-        assert last.restart_count == 2
-        assert a.session.is_leader()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def members(server: StoreServer) -> Iterator[Callable[..., MemberProcess]]:
+    made: list[MemberProcess] = []
+
+    def make(node: str, **options: float) -> MemberProcess:
+        made.append(MemberProcess(server, node, **options))
+        return made[-1]
+
+    yield make
+    for member in made:
+        member.end()
+
+
+@pytest.fixture
+def client(server: StoreServer) -> Iterator[StoreClient]:
+    client = StoreClient(*server.address, timeout_s=WAIT_S)
+    yield client
+    client.close()
+
+
+def test_killed_agents_are_gone_at_once_and_a_killed_leader_too(
+    nodes: Nodes, client: StoreClient, members: Callable[..., MemberProcess]
+) -> None:
+    """Their leases are an hour long: it is the closed connection that tells."""
+    leader = members("leader")
+    leader.wait_for("Sealed")
+    other = members("other")
+    leader.wait_for("Sealed")
+    a = nodes("a", policy(1, 3), store=client)
+    a.sealed(["leader", "other", "a"])
+    other.send(signal.SIGKILL)
+    a.sealed(["leader", "a"])
+    assert not a.session.is_leader()
+    leader.send(signal.SIGKILL)
+    assert a.sealed(["a"]).restart_count == 2
+    assert a.session.is_leader()
+
+
+def test_an_agent_that_was_stopped_is_replaced_and_fences_itself_when_it_wakes(
+    nodes: Nodes, client: StoreClient, members: Callable[..., MemberProcess]
+) -> None:
+    a = nodes("a", policy(1, 3), store=client)
+    stopped = members("stopped", lease_s=2.0)
+    a.sealed(["a", "stopped"])
+    stopped.send(signal.SIGSTOP)
+    a.sealed(["a"])
+    stopped.send(signal.SIGCONT)
+    stopped.wait_for("LeaseLost")
+
+
+def test_the_death_of_the_store_is_told_and_then_the_lease_is_lost(
+    nodes: Nodes, server: StoreServer, client: StoreClient
+) -> None:
+    a = nodes("a", policy(1, 3), store=client, lease_s=1.0)
+    client.on_connection = a.session.connection_changed
+    a.sealed(["a"])
     server.close()
     a.wait_for(lambda event: isinstance(event, StoreLost))
+    a.lease_lost()
+
+
+def test_a_member_comes_back_to_a_store_that_began_anew(
+    nodes: Nodes, server: StoreServer, client: StoreClient
+) -> None:
+    a = nodes("a", policy(1, 3), store=client, lease_s=1.0)
+    client.on_connection = a.session.connection_changed
+    a.sealed(["a"])
+    server.close()
     second = StoreServer("127.0.0.1", server.address[1])
     a.wait_for(lambda event: isinstance(event, StoreBack))
+    a.lease_lost()
+    a.session.join()
+    assert a.numbered(2).parent == -1
     a.session.close()
     client.close()
     second.close()

@@ -166,6 +166,17 @@ def test_what_breaks_a_limit_is_refused_and_harms_nothing(
     store.put("/a", 1)
 
 
+def test_a_full_store_refuses_and_has_room_again_after_a_delete(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STORED_BYTES_MAX", 10)
+    store.put("/a", "12345")
+    with pytest.raises(StoreRefused):
+        store.put("/b", "12345")
+    store.delete("/a")
+    store.put("/b", "12345")
+
+
 def test_keys_end_with_their_lease(store: Store) -> None:
     seen = Seen()
     store.watch("/", 1, seen)

@@ -60,7 +60,9 @@ class Job:
             seen = len(self.reports)
             if not more:
                 break
-        raise AssertionError(f"not reported within {timeout_s} s; last reports {self.reports[-8:]}\n{self.output()}")
+        raise AssertionError(
+            f"not reported within {timeout_s} s; last reports {self.reports[-8:]}\n{self.output()}"
+        )
 
     def wait(self, timeout_s: float = 90.0) -> int:
         """Read to the end; the agent's exit code."""
@@ -68,7 +70,9 @@ class Job:
         while self._read(deadline - time.monotonic()):
             if time.monotonic() > deadline:
                 self.process.kill()
-                raise AssertionError(f"still running after {timeout_s} s; last reports {self.reports[-8:]}\n{self.output()}")
+                raise AssertionError(
+                    f"still running after {timeout_s} s; last reports {self.reports[-8:]}\n{self.output()}"
+                )
         return self.process.wait(timeout=max(0.1, deadline - time.monotonic()))
 
     def output(self) -> str:

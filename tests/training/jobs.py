@@ -182,14 +182,10 @@ def mlp(width: int = 2236) -> None:
 
     @elastic.run
     def function(job: elastic.Job) -> None:
-        c = [time.process_time(), time.thread_time()]
         torch.manual_seed(0)
         model = job.replicate(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
         optim = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        c += [time.process_time(), time.thread_time()]
         job.track(model=model, optim=optim)
-        c += [time.process_time(), time.thread_time()]
-        say(cpu=[round(x * 1e3) for x in c])
         began = time.time()
         while True:
             loss = model(torch.randn(8, width)).pow(2).mean()

@@ -48,7 +48,9 @@ class Rows(torch.utils.data.Dataset):
 @elastic.run
 def train(job: elastic.Job) -> None:
     torch.manual_seed(7)
-    net = torch.nn.Sequential(torch.nn.Linear(16, options.hidden), torch.nn.Tanh(), torch.nn.Linear(options.hidden, 1))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(16, options.hidden), torch.nn.Tanh(), torch.nn.Linear(options.hidden, 1)
+    )
     model = job.shard(net) if options.shard else job.replicate(net)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
     job.track(model=model, optim=optim)

@@ -1,0 +1,93 @@
+"""Who dies with whom, what is noticed, and what the zygote is made of. Real processes, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from zygote_harness import RUN_S, SCRIPTS, Launcher, python
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[Launcher]:
+    with Launcher(tmp_path) as started:
+        started.ready()
+        yield started
+
+
+class Pipe:
+    """A named pipe as a worker's stdout. Its end is the death of whoever could still write to it: the worker and all
+    of its children."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read(self) -> str:
+        poller = select.poll()
+        poller.register(self._fd, select.POLLIN)
+        assert poller.poll(RUN_S * 1000), f"nothing written to {self.path}, and it is still open"
+        return os.read(self._fd, 1 << 16).decode()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Pipe]:
+    made = Pipe(tmp_path / "pipe")
+    yield made
+    made.close()
+
+
+def ended(pid: int) -> bool:
+    """Wait for the end of any process; False when it does not come."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        dead = bool(poller.poll(RUN_S * 1000))
+        os.close(pidfd)
+        return dead
+    return True
+
+
+@pytest.mark.parametrize("forked", [True, False], ids=["forked", "executed"])
+def test_no_orphan_when_the_agent_is_killed(launcher: Launcher, pipe: Pipe, forked: bool) -> None:
+    """The worker, a child of the worker, and the zygote end with the agent."""
+    zygote = launcher.ready()
+    command = python(str(SCRIPTS / "waits.py"))
+    worker = launcher.spawn(command, stdout=pipe.path, env={} if forked else {"PYTHONHASHSEED": "3"})
+    assert (worker.fresh_because is None) == forked
+    assert pipe.read().startswith("waiting")
+    launcher.process.kill()
+    assert pipe.read() == ""
+    assert ended(worker.pid)
+    assert ended(zygote)
+
+
+def test_no_orphan_when_the_agent_is_killed_while_the_zygote_imports(tmp_path: Path) -> None:
+    (tmp_path / "endless_import.py").write_text(
+        "import os, threading\nos.write(int(os.environ['STARTED']), b'x')\nthreading.Event().wait()\n"
+    )
+    fifo = Pipe(tmp_path / "started")
+    writer = os.open(fifo.path, os.O_WRONLY)
+    os.set_inheritable(writer, True)
+    # The zygote closes what it inherits; a path is what it can still open.
+    (tmp_path / "endless_import.py").write_text(
+        f"import threading\nopened = open({str(fifo.path)!r}, 'w')\nprint('importing', file=opened, flush=True)\n"
+        "threading.Event().wait()\n"
+    )
+    os.close(writer)
+    path = f"{os.environ.get('PYTHONPATH', '')}"
+    del path
+    with Launcher(tmp_path, "endless_import", search_path=str(tmp_path)) as launcher:
+        assert fifo.read() == "importing\n"
+        launcher.process.kill()
+        assert fifo.read() == ""
+    fifo.close()

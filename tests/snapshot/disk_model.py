@@ -1,0 +1,214 @@
+"""A model of what a crash may leave on a disk, from the recorded calls of `LocalBlobs`.
+
+POSIX promises little: the bytes of a file are safe after its fsync, a name is safe after the fsync of its
+directory, and whatever is not safe may be lost or kept in any combination, the last write of a file also in
+half."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoglm_elastic.storage.files import Files
+
+NAMES_ENUMERATED_MAX = 6
+"""So many unsafe changes of names are tried in all combinations; beyond that a seeded sample is."""
+SAMPLE = 24
+
+
+@dataclass
+class Inode:
+    safe: bytes = b""
+    unsafe: list[bytes] = field(default_factory=list)
+    link: str | None = None
+
+    def versions(self) -> list[bytes]:
+        """What its bytes may be after a crash."""
+        if not self.unsafe:
+            return [self.safe]
+        whole = self.safe + b"".join(self.unsafe)
+        torn = self.safe + b"".join(self.unsafe[:-1]) + self.unsafe[-1][: len(self.unsafe[-1]) // 2]
+        return [whole, torn, self.safe]
+
+
+@dataclass(frozen=True)
+class NameChange:
+    """`made` appears for `inode` (or vanishes if that is None), `gone` vanishes; in `directory`."""
+
+    directory: str
+    made: str
+    inode: int | None
+    gone: str | None = None
+
+
+class Recorder(Files):
+    """Does what Files does and writes it down. `mark` notes a fact between two calls, like "step 1 is
+    committed"."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.log: list[tuple[Any, ...]] = []
+        self._numbers = itertools.count()
+        self._files: dict[int, int] = {}
+
+    def mark(self, fact: str) -> None:
+        self.log.append(("mark", fact))
+
+    def open(self, path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        fd = super().open(path, flags, dir_fd=dir_fd)
+        if flags & os.O_CREAT:
+            self._files[fd] = next(self._numbers)
+            self.log.append(("create", path, self._files[fd]))
+        return fd
+
+    def close(self, fd: int) -> None:
+        self._files.pop(fd, None)
+        super().close(fd)
+
+    def write(self, fd: int, view: memoryview) -> int:
+        count = super().write(fd, view)
+        self.log.append(("write", self._files[fd], bytes(view[:count])))
+        return count
+
+    def fsync(self, fd: int) -> None:
+        super().fsync(fd)
+        self.log.append(("fsync", self._files[fd]))
+
+    def fsync_directory(self, path: str) -> None:
+        super().fsync_directory(path)
+        self.log.append(("fsync_directory", path))
+
+    def rename(self, source: str, target: str) -> None:
+        super().rename(source, target)
+        self.log.append(("rename", source, target))
+
+    def link(self, source: str, target: str) -> None:
+        super().link(source, target)
+        self.log.append(("link", source, target))
+
+    def symlink(self, text: str, path: str) -> None:
+        super().symlink(text, path)
+        self.log.append(("symlink", text, path, next(self._numbers)))
+
+    def unlink(self, path: str) -> None:
+        super().unlink(path)
+        self.log.append(("unlink", path))
+
+    def mkdir(self, path: str) -> None:
+        super().mkdir(path)
+        self.log.append(("mkdir", path))
+
+
+@dataclass(frozen=True)
+class Image:
+    """Names below the root with their bytes, or the text of a link; and the facts that held before the
+    crash."""
+
+    files: frozenset[tuple[str, bytes | str]]
+    facts: frozenset[str]
+
+    def build(self, where: Path) -> None:
+        where.mkdir()
+        for name, content in self.files:
+            path = where / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                path.symlink_to(content)
+            else:
+                path.write_bytes(content)
+
+
+def images(log: list[tuple[Any, ...]], root: str, seed: int) -> Iterator[Image]:
+    """What a crash after any prefix of the log may leave. Temporary files are left out: nothing reads
+    them."""
+    rng = random.Random(seed)
+    for length in range(len(log) + 1):
+        yield from _after(log[:length], root, rng)
+
+
+def _after(log: list[tuple[Any, ...]], root: str, rng: random.Random) -> Iterator[Image]:
+    inodes: dict[int, Inode] = {}
+    now: dict[str, int] = {}
+    safe_names: dict[str, int] = {}
+    pending: list[NameChange] = []
+    unsafe_dirs: set[str] = set()
+    facts: set[str] = set()
+    for kind, *rest in log:
+        match kind:
+            case "mark":
+                facts.add(rest[0])
+            case "create":
+                inodes[rest[1]] = Inode()
+                now[rest[0]] = rest[1]
+            case "write":
+                inodes[rest[0]].unsafe.append(rest[1])
+            case "fsync":
+                inode = inodes[rest[0]]
+                inode.safe, inode.unsafe = inode.safe + b"".join(inode.unsafe), []
+            case "rename" | "link":
+                source, target = rest
+                now[target] = now[source]
+                pending.append(NameChange(os.path.dirname(target), target, now[source]))
+                if kind == "rename":
+                    del now[source]
+            case "symlink":
+                text, path, number = rest
+                inodes[number] = Inode(link=text)
+                now[path] = number
+            case "unlink":
+                now.pop(rest[0], None)
+                pending.append(NameChange(os.path.dirname(rest[0]), rest[0], None))
+            case "mkdir":
+                unsafe_dirs.add(rest[0])
+            case "fsync_directory":
+                for change in [change for change in pending if change.directory == rest[0]]:
+                    _apply(safe_names, change)
+                    pending.remove(change)
+                unsafe_dirs -= {path for path in unsafe_dirs if os.path.dirname(path) == rest[0]}
+    pending = [change for change in pending if not _temporary(change.made, root)]
+    if len(pending) <= NAMES_ENUMERATED_MAX:
+        choices = list(itertools.product((True, False), repeat=len(pending)))
+    else:
+        choices = [tuple(rng.random() < 0.5 for _ in pending) for _ in range(SAMPLE)]
+    for choice in choices:
+        names = dict(safe_names)
+        for change, kept in zip(pending, choice, strict=True):
+            if kept:
+                _apply(names, change)
+        for lost in {frozenset(), frozenset(unsafe_dirs)}:
+            visible = {
+                name: number
+                for name, number in names.items()
+                if not _temporary(name, root) and not any(name.startswith(f"{path}/") for path in lost)
+            }
+            yield from _contents(visible, inodes, root, frozenset(facts))
+
+
+def _contents(
+    names: dict[str, int], inodes: dict[int, Inode], root: str, facts: frozenset[str]
+) -> Iterator[Image]:
+    unsafe = sorted({number for number in names.values() if inodes[number].unsafe})
+    for versions in itertools.product(*(inodes[number].versions() for number in unsafe)):
+        chosen = dict(zip(unsafe, versions, strict=True))
+        files: set[tuple[str, bytes | str]] = set()
+        for name, number in names.items():
+            inode = inodes[number]
+            content = inode.link if inode.link is not None else chosen.get(number, inode.safe)
+            files.add((os.path.relpath(name, root), content))
+        yield Image(frozenset(files), facts)
+
+
+def _apply(names: dict[str, int], change: NameChange) -> None:
+    if change.inode is None:
+        names.pop(change.made, None)
+    else:
+        names[change.made] = change.inode
+
+
+def _temporary(name: str, root: str) -> bool:
+    return os.path.relpath(name, root).startswith("tmp")
