@@ -119,7 +119,7 @@ class Store(Protocol):
     def lease_revoke(self, lease: int) -> None: ...
 
     def watch(self, prefix: str, from_revision: int, on_event: Callable[[WatchEvent], None]) -> Watch:
-        """Every change of `prefix` with revision >= from_revision, in order, each once, from a thread of the store's."""
+        """Every change of `prefix` with revision >= from_revision, in order, each once, from a thread of the store."""
 
     def close(self) -> None: ...
 

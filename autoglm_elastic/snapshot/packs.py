@@ -6,6 +6,7 @@ named by its SHA-256."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 import xxhash
 
-from autoglm_elastic.errors import CorruptSnapshot, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError, UsageError
 from autoglm_elastic.ports import BlobReader, StreamBlobs
 from autoglm_elastic.snapshot import limits
 from autoglm_elastic.snapshot.dtypes import BY_NAME, DType
@@ -122,9 +123,14 @@ def _write_once(blobs: StreamBlobs, plan: PackPlan, data: memoryview) -> Written
                 sha256, digests = hashing.result(timeout=limits.VOTE_S)
         name = pack_path(sha256)
         created = not exists(blobs, name)
-        pending.publish(name)
     except BaseException:
         pending.discard()
+        raise
+    try:
+        pending.publish(name)
+    except ElasticError:
+        if created:
+            remove(blobs, [name])
         raise
     base = len(plan.head)
     chunks = tuple(
@@ -132,6 +138,13 @@ def _write_once(blobs: StreamBlobs, plan: PackPlan, data: memoryview) -> Written
         for part, start, digest in zip(plan.parts, plan.starts, digests, strict=True)
     )
     return Written(Pack(sha256, base + plan.nbytes), chunks, created)
+
+
+def remove(blobs: StreamBlobs, names: Iterable[str]) -> None:
+    """What cannot be removed stays, as garbage that nothing names."""
+    for name in names:
+        with contextlib.suppress(ElasticError):
+            blobs.delete(name)
 
 
 def exists(blobs: StreamBlobs, name: str) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
 
-from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.snapshot import format as fmt
 from autoglm_elastic.snapshot.failpoints import Failpoints
-from autoglm_elastic.snapshot.packs import Written, write_pack
+from autoglm_elastic.snapshot.packs import Written, remove, write_pack
 from autoglm_elastic.snapshot.stage import Staged
 
 
@@ -51,11 +49,3 @@ class Prepare:
         garbage."""
         remove(self.blobs, (fmt.pack_path(one.pack.sha256) for one in self.written if one.created))
         self.written.clear()
-
-
-def remove(blobs: StreamBlobs, names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            blobs.delete(name)
-        except ElasticError:
-            continue

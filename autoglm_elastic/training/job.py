@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from autoglm_elastic.training.steps import StepControl
 
 if TYPE_CHECKING:
     from autoglm_elastic.training.session import Session
+
+M = TypeVar("M", bound=nn.Module)
 
 STOP_SNAPSHOT_LIMIT_S: Final = 600.0
 """Whoever asked us to stop kills us when that takes too long for him; this only bounds a disk that hangs."""
@@ -92,7 +94,7 @@ class Job:
 
     # Models and state.
 
-    def replicate(self, module: nn.Module) -> nn.Module:
+    def replicate(self, module: M) -> M:
         """The same module, whose gradients from now on are the mean over the global batch, on every rank.
 
         In a training that begins, all ranks get rank 0's parameters and buffers; otherwise they come with
@@ -117,7 +119,7 @@ class Job:
         self._watch_first_forward(module)
         return module
 
-    def shard(self, module: nn.Module, **options: Any) -> nn.Module:
+    def shard(self, module: M, **options: Any) -> M:
         """The same module, its parameters sharded over the world (FSDP2).
 
         Args:

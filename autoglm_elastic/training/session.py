@@ -124,12 +124,12 @@ class Session:
         except WorldChanged as changed:
             failed_at = time.monotonic()
             cause = changed.__cause__
-            if isinstance(cause, Exception) and not self._is_over(world, cause):
+            if isinstance(cause, Exception) and not self._is_over(world, collective=True):
                 raise cause from None
             endings.forget(changed)
         except Exception as error:
             failed_at = time.monotonic()
-            if not self._is_over(world, error):
+            if not self._is_over(world, collective=endings.is_collective(error)):
                 raise
             endings.forget(error)
         finally:
@@ -276,14 +276,15 @@ class Session:
         if self._control is not None:
             self._control.send(wire.Done(job.generation, job.step, requeue))
 
-    def _is_over(self, world: wire.World, error: BaseException) -> bool:
-        """Whether an exception is a consequence of the world's end rather than an error of the user's."""
+    def _is_over(self, world: wire.World, *, collective: bool) -> bool:
+        """Whether an exception is a consequence of the world's end rather than an error of the user's.
+        `collective`: it came out of a collective, so that waiting for an explanation makes sense."""
         control = self._control
         if control is None:
             return False
         if control.why_broken(world.generation) is not None:
             return True
-        if not endings.is_collective(error):
+        if not collective:
             return False
         if control.next_world(world.generation) is not None:
             return True

@@ -178,8 +178,8 @@ class TrackedModule(Tracked):
 
 
 def _places(root: nn.Module, kind: str) -> list[tuple[str, dict[str, Any], str]]:
-    """(full name, the owner's dictionary, key) of each parameter or buffer: walking the modules at every commit
-    would cost more than looking at what they own."""
+    """(full name, the owner's dictionary, key) of each parameter or buffer: walking the modules at every
+    commit would cost more than looking at what they own."""
     return [
         (f"{prefix}.{key}" if prefix else key, getattr(module, kind), key)
         for prefix, module in root.named_modules()

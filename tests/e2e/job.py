@@ -1,6 +1,6 @@
 """A real `autoglm-run` and the lines its workers report, for end-to-end tests.
 
-Workers write one JSON object per line to standard output with a single `write`; the test waits for lines, never for time.
+Workers write one JSON object per line to standard output with a single `write`; tests wait for lines, never for time.
 """
 
 from __future__ import annotations

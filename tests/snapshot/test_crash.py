@@ -67,13 +67,18 @@ def problems(image: Image, where: Path) -> list[str]:
     return found
 
 
-def crash_everywhere(log: list[tuple[Any, ...]], root: Path, scratch: Path) -> tuple[int, list[str]]:
+def crash_everywhere(
+    log: list[tuple[Any, ...]], root: Path, scratch: Path, *, stop: bool = False
+) -> tuple[int, list[str]]:
+    """(images looked at, problems). `stop` at the first problem."""
     seen: set[Image] = set()
     found = []
     for image in images(log, str(root), SEED):
         if image not in seen:
             seen.add(image)
             found += problems(image, scratch / f"image{len(seen)}")
+            if found and stop:
+                break
     return len(seen), found
 
 
@@ -104,7 +109,7 @@ class Lazy(Recorder):
 @pytest.mark.parametrize("forgets", ["files", "catalog", "manifests"])
 def test_the_model_finds_a_forgotten_fsync(tmp_path: Path, forgets: str) -> None:
     root = tmp_path / "run"
-    _, found = crash_everywhere(record(Lazy(root, forgets)), root, tmp_path)
+    _, found = crash_everywhere(record(Lazy(root, forgets)), root, tmp_path, stop=True)
     assert found != []
 
 
@@ -187,7 +192,8 @@ def test_an_error_at_any_call_is_the_snapshots_failure_and_no_more(
             outcomes[result.committed] += 1
             assert ("snapshot.committed" in seen) == result.committed
             if not result.committed:
-                assert os.strerror(code) in result.reason or "not confirmed" in result.reason
+                unsure = "not confirmed" in result.reason or "could not be read" in result.reason
+                assert os.strerror(code) in result.reason or unsure
             there = {entry.step: entry for entry in manager.entries()}
             assert 1 in there
             assert (2 in there) == result.committed
@@ -207,11 +213,17 @@ def test_an_aborted_snapshot_leaves_no_bytes_behind(tmp_path: Path) -> None:
     """A disk that is full does not become fuller with every trigger."""
     files = Faulty()
     with CheckpointManager(LocalBlobs(tmp_path / "run", files=files)) as manager:
-        manager.save(1, state(1)).wait(WAIT_S)
-        before = sorted(tmp_path.rglob("*.safetensors"))
-        for first in range(4, 20):
+        before: list[Path] = []
+        aborted = 0
+        for first in range(40):
             files.fail(first, 1, errno.ENOSPC)
-            if not manager.save(2, state(2)).wait(WAIT_S).committed:
-                files.fail(-1, 0, 0)
-                assert sorted(tmp_path.rglob("*.safetensors")) == before
-                assert list((tmp_path / "run" / "tmp").iterdir()) == []
+            result = manager.save(first, state(first)).wait(WAIT_S)
+            files.fail(-1, 0, 0)
+            packs = sorted(tmp_path.rglob("*.safetensors"))
+            if result.committed:
+                before = packs
+            else:
+                aborted += 1
+                assert packs == before, result.reason
+                assert list((tmp_path / "run" / "tmp").glob("*")) == []
+        assert aborted > 5
