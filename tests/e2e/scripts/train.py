@@ -1,4 +1,4 @@
-"""The five-line version of a small training; reports every committed step, and a digest of the result at the end."""
+"""The five-line version of a small training; reports every step it is about to commit, and a digest of the result at the end."""
 
 import argparse
 import hashlib
@@ -68,8 +68,8 @@ def train(job: elastic.Job) -> None:
         optim.step()
         optim.zero_grad()
         time.sleep(options.pause_s)
+        report(rank=job.rank, step=job.step + 1, world=job.world)  # commit may not return: it can end this world
         job.commit(loss=loss)
-        report(rank=job.rank, step=job.step, world=job.world)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
