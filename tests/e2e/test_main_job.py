@@ -79,7 +79,7 @@ def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
             first.wait_for(lambda line: line.get("world") == 4 and line.get("step", 0) > 20)
             assert first.wait() == 0, first.output()
             assert third.wait() == 0, third.output()
-    ranks = [line["step"] for line in (*first.reports,) if line.get("rank") in (0, 2) and "step" in line]
+    ranks = [line["step"] for line in first.reports if "step" in line]  # any rank: one may be a step behind
     assert sorted(set(ranks)) == list(range(min(ranks), 91)), "no step was lost"
     tiers = [closed["tier"] for closed in events(run_dir, "incident.closed")]
     assert set(tiers[1:]) == {"live"}, tiers
