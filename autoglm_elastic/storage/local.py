@@ -218,9 +218,7 @@ class LocalBlobs:
             raise
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                raise CorruptSnapshot(
-                    f"{path} is or lies behind a symbolic link", valid="a plain file"
-                ) from error
+                raise CorruptSnapshot(f"{path} is no plain file, or lies behind a symbolic link") from error
             raise platform_error(error, "opening", path) from error
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

@@ -1,0 +1,198 @@
+"""What the ranks of a world do in the tests (run by ranks.py, each in a process of its own)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from autoglm_elastic.snapshot import (
+    CheckpointManager,
+    GroupVotes,
+    SafetensorsReader,
+    SafetensorsWriter,
+    limits,
+)
+
+WAIT_S = 30.0
+ROWS, COLUMNS = 7, 5
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    directory: Path
+    scratch: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        store = dist.FileStore(str(self.scratch / "store"), self.size)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def manager(self, **options: Any) -> CheckpointManager:
+        votes = GroupVotes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
+        return CheckpointManager(self.run_dir, votes=votes, rank=self.rank, world_size=self.size, **options)
+
+
+def mesh_of(world: World, dims: list[int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(dims))
+
+
+def values(step: int) -> dict[str, torch.Tensor]:
+    """The whole state of a step, the same in every world."""
+    return {
+        "rows": torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS) + 100 * step,
+        "few": torch.arange(2 * 3, dtype=torch.bfloat16).view(2, 3) + step,
+        "scalar": torch.tensor(step + 0.5),
+        "large": torch.arange(600_000, dtype=torch.float32).view(-1, 6) + step,
+        "small": torch.arange(4) + step,
+    }
+
+
+def state_of(mesh: DeviceMesh, whole: dict[str, torch.Tensor], placements: list[Any]) -> dict[str, Any]:
+    """Some of it as DTensors, some plain and alike on every rank."""
+    replicated = [Replicate()] * mesh.ndim
+    return {
+        "model": {
+            "rows": distribute_tensor(whole["rows"], mesh, placements),
+            "few": distribute_tensor(whole["few"], mesh, placements),
+            "scalar": distribute_tensor(whole["scalar"], mesh, replicated),
+        },
+        "optim": {"state": {0: {"large": whole["large"].clone(), "small": whole["small"].clone()}}},
+        "step": 0,
+    }
+
+
+def check(state: dict[str, Any], step: int) -> None:
+    whole = values(step)
+    for name, tensor in {**state["model"], **state["optim"]["state"][0]}.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not torch.equal(full, whole[name]):
+            raise AssertionError(f"{name} of step {step} is {full}")
+    if state["step"] != step:
+        raise AssertionError(f"step {state['step']} instead of {step}")
+
+
+def parse(placements: list[str]) -> list[Any]:
+    return [Replicate() if text == "R" else Shard(int(text)) for text in placements]
+
+
+def reshard(world: World, *, dims: list[int], placements: list[str], load: int | None, save: int) -> Any:
+    """Loads step `load` in this world's layout, if any, and saves step `save`."""
+    with world.group():
+        mesh = mesh_of(world, dims)
+        with world.manager() as manager:
+            if load is not None:
+                blank = {name: torch.zeros_like(tensor) for name, tensor in values(0).items()}
+                state = state_of(mesh, blank, parse(placements))
+                report = manager.load(state)
+                if report.step != load:
+                    raise AssertionError(f"loaded step {report.step}")
+                check(state, load)
+            state = state_of(mesh, values(save), parse(placements))
+            state["step"] = save
+            result = manager.save(save, state).wait(WAIT_S)
+            dist.barrier()
+            return [result.committed, result.reason]
+
+
+def agree(world: World, *, saves: int) -> Any:
+    """Saves as fast as it can: which are coalesced must be the same on all ranks."""
+    with world.group(), world.manager() as manager:
+        handles = [manager.save(step, {"a": torch.full((50_000,), float(step))}) for step in range(saves)]
+        results = [handle.wait(WAIT_S).committed for handle in handles]
+        dist.barrier()
+        return results
+
+
+def agreed(world: World, *, saves: int) -> Any:
+    """As training does it: rank 0 looks whether it is busy and tells the others in a message of its own."""
+    with world.group(), world.manager() as manager:
+        results = []
+        for step in range(saves):
+            word = torch.tensor([int(not manager.busy)])
+            dist.broadcast(word, 0)
+            if word.item():
+                results.append(manager.save(step, {"a": torch.full((1000,), float(step))}, agreed=True))
+        return [handle.wait(WAIT_S).committed for handle in results]
+
+
+def disagree(world: World, *, how: str) -> Any:
+    """Ranks whose states do not fit together; then a good one."""
+    with world.group(), world.manager() as manager:
+        bad: dict[str, Any] = {"a": torch.ones(8)}
+        if world.rank == 1:
+            bad = {
+                "shape": {"a": torch.ones(9)},
+                "object": {"a": object()},
+                "extra": {"a": torch.ones(8), "only_here": torch.ones(1 << 19)},
+                "raise": {"a": torch.ones(8).to("meta")},
+            }[how]
+        first = manager.save(1, bad).wait(WAIT_S)
+        second = manager.save(2, {"a": torch.ones(8)}).wait(WAIT_S)
+        return [first.committed, first.reason, second.committed]
+
+
+def kill(world: World, *, rank: int, point: str, step: int) -> Any:
+    """Step `step` commits; during the next snapshot `rank` is killed at `point`. The others report."""
+    armed = False
+
+    def failpoint(passed: str) -> None:
+        if armed and world.rank == rank and passed == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    limits.SPLIT_BYTES_MIN = 16  # type: ignore[misc]
+    store = dist.FileStore(str(world.scratch / "store"), world.size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    manager = world.manager(failpoint=failpoint)
+    first = manager.save(step, {"a": torch.full((64,), float(step))}).wait(WAIT_S)
+    if not first.committed:
+        raise AssertionError(first.reason)
+    dist.barrier()
+    armed = True
+    second = manager.save(step + 1, {"a": torch.full((64,), step + 1.0)}, agreed=True).wait(WAIT_S)
+    closed = manager.close(WAIT_S)
+    return [second.committed, second.reason, closed]
+
+
+def dcp_round(
+    world: World, *, save: int | None, dims: list[int], placements: list[str], asynchronous: bool
+) -> Any:
+    """torch.distributed.checkpoint as a user writes it: saves step `save`, or loads the newest."""
+    warnings.simplefilter("ignore")
+    with world.group():
+        mesh = mesh_of(world, dims)
+        if save is not None:
+            state = state_of(mesh, values(save), parse(placements))
+            state["step"] = save
+            writer = SafetensorsWriter(step=save)
+            if asynchronous:
+                dcp.async_save(state, checkpoint_id=world.run_dir, storage_writer=writer).result(WAIT_S)
+            else:
+                dcp.save(state, checkpoint_id=world.run_dir, storage_writer=writer)
+            return writer.entry
+        blank = {name: torch.zeros_like(tensor) for name, tensor in values(0).items()}
+        state = state_of(mesh, blank, parse(placements))
+        dcp.load(state, checkpoint_id=world.run_dir, storage_reader=SafetensorsReader())
+        check(state, state["step"])
+        return state["step"]
