@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from autoglm_elastic import wire
 
-LIMIT_S = 6.0
+LIMIT_S = 60.0
 
 
 class Zygote:
