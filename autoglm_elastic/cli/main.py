@@ -6,7 +6,6 @@ command that needs it.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -169,8 +168,12 @@ def simulate(
     trace: Annotated[bool, typer.Option("--trace", help="Print every event.")] = False,
 ) -> int:
     """Run the core against thousands of simulated faults and check the invariants."""
-    room: Any = importlib.import_module("autoglm_elastic.sim.cli")
-    return int(room.run_simulation(seeds=seeds, seed=seed, nodes=nodes, plant=plant, trace=trace))
+    from autoglm_elastic.sim.campaign import Campaign
+
+    count, first = (seeds, 0) if seed is None else (1, seed)
+    campaign = Campaign(seeds=count, first_seed=first, nodes=nodes, plant=plant, trace=trace)
+    _lines(campaign.lines())
+    return ExitCode.DONE if campaign.failed is None else ExitCode.FAILED
 
 
 @app.command()
