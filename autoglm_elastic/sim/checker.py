@@ -42,6 +42,7 @@ class Checker:
         self._truth: dict[tuple[int, int], int] = {}
         self._resumed: dict[int, State] = {}
         self._sealed_at: dict[int, float] = {}
+        self._planned: set[int] = set()
         self._recorded_at: dict[int, float] = {}
         self._visible_at: dict[str, float] = {}
         self._newest_sealed = -1
@@ -54,6 +55,8 @@ class Checker:
             self._loop.broke("I3", f"generation {generation.number} was recorded before it was sealed")
         self._newest_sealed = generation.number
         self._sealed_at[generation.number] = self._loop.now
+        if generation.planned:
+            self._planned.add(generation.number)
 
     def led(self, before: LeaderState, event: Event, effects: Sequence[Effect]) -> None:
         """The leader has made a step."""
@@ -68,11 +71,13 @@ class Checker:
         self._recorded_at[number] = now
         if number < max(self._recorded_at):
             return
+        # What was recorded after the seal came too late, except that a planned world is sealed while its parent runs.
         sealed_at = self._sealed_at.get(number, now)
+        running = record.parent if number in self._planned else None
         before = [
             old
             for old in self._disk.records.values()
-            if old.number < number and self._recorded_at[old.number] <= sealed_at
+            if old.number < number and (self._recorded_at[old.number] <= sealed_at or old.number == running)
         ]
         point = EntryFact("", record.resumed_step, record.parent)
         if record.parent >= 0:

@@ -13,7 +13,7 @@ from autoglm_elastic.sim.plants import PLANTS, planted
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
-CALM = SimConfig(steady=True, nodes=2, nodes_max=2, workers=1, steps=4, snapshot_every=2)
+CALM = SimConfig(steady=True, nodes=2, nodes_max=2, workers=1, steps=8, snapshot_every=2)
 
 STORIES = {
     "the coordinator dies between the entry and the hints": SimConfig(

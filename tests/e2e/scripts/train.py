@@ -1,4 +1,4 @@
-"""The five-line version of a small training; reports every step it is about to commit, and a digest of the result at the end."""
+"""The five-line version of a small training; reports each step it is about to commit, and a digest of the result."""
 
 import argparse
 import hashlib
@@ -68,7 +68,9 @@ def train(job: elastic.Job) -> None:
         optim.step()
         optim.zero_grad()
         time.sleep(options.pause_s)
-        report(rank=job.rank, step=job.step + 1, world=job.world)  # commit may not return: it can end this world
+        report(
+            rank=job.rank, step=job.step + 1, world=job.world
+        )  # commit may not return: it can end this world
         job.commit(loss=loss)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
