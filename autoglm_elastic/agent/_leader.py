@@ -117,6 +117,7 @@ class Leader:
             (
                 Compare(self._keys.leader, self._leadership.revision),
                 Compare(self._keys.generation, self._generation_revision),
+                Compare(self._keys.closed, 0),
             ),
             (
                 Put(self._keys.generation, data),

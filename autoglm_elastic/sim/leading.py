@@ -134,7 +134,8 @@ class Leadership:
 
         def put() -> tuple[Outcome, int]:
             store = self._sim.store
-            if store.get("leader")[0] != self._agent.name_and_incarnation:
+            led_elsewhere = store.get("leader")[0] != self._agent.name_and_incarnation
+            if led_elsewhere or store.get("verdict")[0] is not None:
                 return Outcome.CONFLICT, 0
             outcome = store.put("generation", generation, expected=expected)
             if outcome is Outcome.OK:
