@@ -22,6 +22,7 @@ import os
 import selectors
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
@@ -30,12 +31,22 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
-from autoglm_elastic.agent.session import Closed, LeaseLost, RunClosed, Sealed, Superseded
+from autoglm_elastic.agent.session import (
+    Closed,
+    LeaseLost,
+    NotJoined,
+    RunClosed,
+    Sealed,
+    StoreBack,
+    Superseded,
+    WaitTimeout,
+)
 from autoglm_elastic.agent.signals import STOP_SIGNALS, SignalInbox
 from autoglm_elastic.agent.slots import WorkerSlot
 from autoglm_elastic.core.membership import Failure, Generation
 from autoglm_elastic.errors import ExitCode, PlatformError
 from autoglm_elastic.observe import events
+from autoglm_elastic.ports import StoreUnavailable
 
 if TYPE_CHECKING:
     from autoglm_elastic.agent.agent import ElasticAgent
@@ -62,6 +73,8 @@ class Supervisor:
         self._reported_broken = -1
         self._reported_finished = -1
         self._started_at = 0.0
+        self._planned = False
+        self._untold: list[Callable[[], None]] = []
         self._failures: dict[int, ProcessFailure] = {}
         self._result: RunResult | None = None
         self._running = False
@@ -108,6 +121,8 @@ class Supervisor:
                 self._on_closed(event)
             elif isinstance(event, LeaseLost):
                 self._on_lease_lost(event)
+            elif isinstance(event, StoreBack):
+                self._tell_again()
         self._on_deadlines()
 
     def _seconds_to_deadline(self) -> float:
@@ -130,11 +145,16 @@ class Supervisor:
             return
         try:
             store, addr, port = self._handler.enter(generation)
-        except (Superseded, RunClosed):
-            return  # the session's next event says what came after it
+        except (Superseded, RunClosed, NotJoined, WaitTimeout, StoreUnavailable) as error:
+            # A newer generation, the end of the run or the loss of our lease: the session's next event says which.
+            logger.info("generation %d cannot be entered: %s", generation.number, error)
+            return
         stayed = self._running and self._can_stay()
         if self._running and not stayed:
             self._stop_group(generation.reason)
+        # A planned world is entered from its parent; whoever missed the parent has no boundary to agree on.
+        previous = -1 if self._generation is None else self._generation.number
+        self._planned = generation.planned and generation.parent == previous
         self._generation = generation
         self._agent.place(generation, placement, store, addr, port)
         if placement.group_rank == 0:
@@ -197,7 +217,7 @@ class Supervisor:
             master_addr=group.master_addr,
             master_port=group.master_port,
             restart_count=generation.restart_count,
-            planned=generation.planned,
+            planned=self._planned,
             reason=generation.reason,
         )
         slot.send(world)
@@ -294,7 +314,7 @@ class Supervisor:
         if self._reported_finished < generation.number:
             self._reported_finished = generation.number
             self._finish_deadline = time.monotonic() + self._agent.finish_timeout_s
-            self._session.report_finished(generation.number)
+            self._tell(lambda: self._session.report_finished(generation.number))
 
     def _on_death(self, slot: WorkerSlot) -> None:
         generation = self._current()
@@ -362,13 +382,32 @@ class Supervisor:
                 id=generation.number, reason=str(failure), node=failure.node, rank=failure.rank
             )
         )
-        self._session.report_broken(generation.number, failure, alive_s=time.monotonic() - self._started_at)
+        alive_s = time.monotonic() - self._started_at
+        self._tell(lambda: self._session.report_broken(generation.number, failure, alive_s=alive_s))
 
     def _fail_for_good(self, failure: Failure) -> None:
-        self._session.close_run("failed", str(failure), failure)
+        self._tell(lambda: self._session.close_run("failed", str(failure), failure))
         if self._running:
             self._stop_group(str(failure))
         self._result = RunResult(WorkerState.FAILED, failures=self._failures)
+
+    def _tell(self, report: Callable[[], None]) -> None:
+        """Report to the store; while it does not answer the report is kept until it is back (or our lease is lost).
+
+        Reports may be repeated: each is one key with one content.
+        """
+        try:
+            report()
+        except StoreUnavailable as error:
+            logger.warning("the store does not answer, will tell it later: %s", error)
+            self._untold.append(report)
+        except NotJoined as error:
+            logger.warning("not reported: %s", error)
+
+    def _tell_again(self) -> None:
+        untold, self._untold = self._untold, []
+        for report in untold:
+            self._tell(report)
 
     def _stop_group(self, reason: str) -> None:
         logger.info("stopping the workers of this node: %s", reason)

@@ -30,6 +30,21 @@ from dataclasses import dataclass, replace
 from autoglm_elastic.core.budget import Budget
 from autoglm_elastic.core.failure import Failure, node_left
 from autoglm_elastic.core.generation import Generation, Member, Placement, place
+from autoglm_elastic.core.news import (
+    Adopted,
+    Broken,
+    Effect,
+    Event,
+    FailJob,
+    Finished,
+    FinishJob,
+    MemberDown,
+    MemberUp,
+    Policy,
+    Seal,
+    Tick,
+    WakeAt,
+)
 
 __all__ = [
     "Adopted",
@@ -54,99 +69,6 @@ __all__ = [
     "start",
     "step",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """`join_window_s`: how long the first round waits for more nodes once there are enough. `join_timeout_s`:
-    how long too few nodes are waited for. `max_restarts`, `max_failures`, `progress_s`: see `core.budget`."""
-
-    nodes_min: int
-    nodes_max: int
-    max_restarts: int
-    join_window_s: float
-    join_timeout_s: float
-    progress_s: float
-    max_failures: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.nodes_min <= self.nodes_max:
-            raise ValueError(f"nodes {self.nodes_min}:{self.nodes_max}; valid: 1 <= min <= max")
-
-
-@dataclass(frozen=True, slots=True)
-class MemberUp:
-    member: Member
-    now: float
-
-
-@dataclass(frozen=True, slots=True)
-class MemberDown:
-    """A node's lease ended. `step`: the newest committed step the leader knows of (-1: none). `incarnation`:
-    of the member that went, if known: a newer one of the same node stays."""
-
-    node: str
-    now: float
-    step: int = -1
-    incarnation: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A worker of `node` died in `generation`, which had run for `alive_s` seconds."""
-
-    node: str
-    generation: int
-    failure: Failure
-    now: float
-    alive_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """All workers of `node` ended well in `generation`."""
-
-    node: str
-    generation: int
-    now: float
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    now: float
-
-
-@dataclass(frozen=True, slots=True)
-class Adopted:
-    """A new leader found this generation sealed by an earlier one."""
-
-    generation: Generation
-    now: float
-
-
-@dataclass(frozen=True, slots=True)
-class Seal:
-    generation: Generation
-
-
-@dataclass(frozen=True, slots=True)
-class FailJob:
-    reason: str
-    first_failure: Failure | None
-
-
-@dataclass(frozen=True, slots=True)
-class FinishJob:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class WakeAt:
-    time: float
-
-
-Event = MemberUp | MemberDown | Broken | Finished | Tick | Adopted
-Effect = Seal | FailJob | FinishJob | WakeAt
 
 
 class Phase(enum.Enum):
@@ -343,6 +265,8 @@ def _evaluate(state: LeaderState, now: float) -> _Step:
     match state.phase:
         case Phase.FORMING:
             return _evaluate_forming(state, now)
+        case Phase.RUNNING | Phase.BROKEN if _all_finished(state):
+            return replace(state, phase=Phase.ENDED), (FinishJob(),)
         case Phase.RUNNING:
             return _evaluate_running(state, now)
         case Phase.BROKEN:
@@ -364,15 +288,11 @@ def _evaluate_forming(state: LeaderState, now: float) -> _Step:
 def _evaluate_running(state: LeaderState, now: float) -> _Step:
     if state.generation is None:
         return state, ()
-    nodes = [place.node for place in state.generation.placements]
-    sizes = [*(count for _, count in state.generation.grown_from), len(nodes)]
-    if any(state.finished.issuperset(nodes[:size]) for size in sizes):
-        return replace(state, phase=Phase.ENDED), (FinishJob(),)
     if state.unseen:
         return state, (WakeAt(state.unseen_until),)
     newcomers = [member.node for member in _eligible(state) if member.node in state.fresh]
     # Once a node is done the job is about to end: a newcomer would only disturb it.
-    if not newcomers or not state.finished.isdisjoint(nodes):
+    if not newcomers or any(place.node in state.finished for place in state.generation.placements):
         return state, ()
     return _seal(state, now, planned=True, reason=f"{_nodes(newcomers)} joined")
 
@@ -391,6 +311,18 @@ def _evaluate_broken(state: LeaderState, now: float) -> _Step:
     ]
     joined = f"; {_nodes(newcomers)} joined" if newcomers else ""
     return _seal(state, now, planned=False, reason=state.reason + joined)
+
+
+def _all_finished(state: LeaderState) -> bool:
+    """Whether all nodes of the current generation are done, or all of one that it only grew from.
+
+    A node may say so after its lease was lost: its workers had finished all the same.
+    """
+    if state.generation is None:
+        return False
+    nodes = [place.node for place in state.generation.placements]
+    sizes = [*(count for _, count in state.generation.grown_from), len(nodes)]
+    return any(state.finished.issuperset(nodes[:size]) for size in sizes)
 
 
 def _too_few(state: LeaderState, now: float, since: float) -> _Step:

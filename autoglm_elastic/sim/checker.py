@@ -145,6 +145,11 @@ class Checker:
         ):
             self._loop.broke("I2", f"{name} mixes {sorted({_at(state) for state in states})}")
 
+    def failed(self, reason: str, live: int, spent: bool) -> None:
+        """The job says it has failed, with `live` nodes there; `spent`: its restart budget is exhausted."""
+        if not spent and live >= self._config.nodes_min:
+            self._loop.broke("I8", f"failed although {live} nodes are there: {reason}")
+
     def done(self) -> None:
         """The job says it is done: the last step is committed, in the lineage."""
         last = self._config.steps - 1

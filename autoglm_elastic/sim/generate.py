@@ -8,6 +8,9 @@ from typing import Final
 from autoglm_elastic.sim.config import Fault, SimConfig
 
 FAULTS_MAX: Final = 6
+SLEEPERS: Final = 0.1
+"""The share of seeds that try the fence: two faults that chance alone seldom brings together."""
+
 FAULTS_UNTIL_S: Final = 20.0
 """Faults come while the job runs; then it is left alone and must end (I8)."""
 
@@ -48,10 +51,12 @@ def random_config(seed: int, *, nodes: int = 3) -> SimConfig:
     nodes_min = draw.randint(1, count)
     workers = draw.choice((1, 1, 2, 3))
     faults = tuple(_fault(draw, names, workers) for _ in range(draw.randint(0, FAULTS_MAX)))
+    if draw.random() < SLEEPERS:
+        faults = _sleeper(draw)
     return SimConfig(
         nodes=count,
         nodes_min=nodes_min,
-        nodes_max=draw.choice((count, count, max(nodes_min, count - 1))),
+        nodes_max=draw.choice((count, count, max(nodes_min, count - 1), count + 1)),
         workers=workers,
         steps=draw.choice((6, 10, 14)),
         snapshot_every=draw.choice((1, 2, 3, 5)),
@@ -62,6 +67,16 @@ def random_config(seed: int, *, nodes: int = 3) -> SimConfig:
         unknown=draw.choice((0.0, 0.0, 0.05, 0.3)),
         write_failure=draw.choice((0.0, 0.0, 0.0, 0.05, 0.1, 1.0)),
         faults=faults,
+    )
+
+
+def _sleeper(draw: random.Random) -> tuple[Fault, ...]:
+    """A coordinator sleeps through the end of its generation right before its entry; then the others need one."""
+    nth = draw.randint(1, 3)
+    asleep_s = round(draw.uniform(3.2, 8.0), 3)
+    return (
+        Fault("pause-node", "rank0", when="disk: manifest", nth=nth, duration_s=asleep_s),
+        Fault("kill-worker", "rank0", when="disk: entry", nth=nth),
     )
 
 

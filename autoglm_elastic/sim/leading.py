@@ -43,12 +43,14 @@ class Leadership:
         self._read_revision = 0
         self._generation_revision = 0
         self._seals: deque[Generation] = deque()
+        self._missed: list[Change] = []
 
     def begin(self) -> None:
         """Read everything and build the state from it."""
         self._epoch += 1
         self._state = None
         self._seals.clear()
+        self._missed.clear()
         self._request(self._read_all, self._build)
 
     def _read_all(self) -> tuple[int, dict[str, tuple[Any, int]], int]:
@@ -72,13 +74,20 @@ class Leadership:
             self._news(key, value, members=True)
         for key, (value, _) in sorted(keys.items(), key=lambda item: item[1][1]):
             self._news(key, value, members=False)
+        missed, self._missed = self._missed, []
+        for change in missed:
+            self.on_change(change)
 
     def _again(self, epoch: int) -> None:
         if epoch == self._epoch:
             self.begin()
 
     def on_change(self, change: Change) -> None:
-        if self._state is None or change.revision <= self._read_revision:
+        if self._state is None:
+            # It came between the reading and the answer: it may be newer than what was read.
+            self._missed.append(change)
+            return
+        if change.revision <= self._read_revision:
             return
         if change.key == "leader" and change.value != self._agent.name_and_incarnation:
             self._epoch += 1
@@ -169,8 +178,11 @@ class Leadership:
             self._seal()
 
     def _end(self, end: str, reason: str) -> None:
+        budget = None if self._state is None else self._state.budget
+        spent = budget is not None and budget.failures > budget.allowed
+
         def put() -> Outcome:
-            self._sim.verdict(end, reason)
+            self._sim.verdict(end, reason, spent=spent)
             return self._sim.store.put("verdict", end)
 
         def then(result: Any) -> None:

@@ -111,8 +111,11 @@ class Simulation:
         self.checker.sealed(generation)
         self.count("sealed")
 
-    def verdict(self, end: str, reason: str) -> None:
+    def verdict(self, end: str, reason: str, *, spent: bool) -> None:
         if not self.end:
+            if end == "failed":
+                live = sum(key.startswith("members/") for key in self.store.keys)
+                self.checker.failed(reason, live, spent)
             self.end, self.end_reason = end, reason
             self.loop.trace(f"the job is {end}" + (f": {reason}" if reason else ""))
             self.loop.after(SETTLE_S, None, self._stop)

@@ -244,6 +244,13 @@ def test_finished_nodes_are_not_placed_again_and_nobody_joins_the_end() -> None:
     assert leader.effects[-1] == FinishJob()
 
 
+def test_a_node_that_is_lost_after_its_workers_finished_ends_nothing() -> None:
+    """Its agent slept while its workers finished: the lease was lost first, the news came after."""
+    leader = running("ab").feed(Finished("a", 0, 20.0), MemberDown("b", 21.0), Finished("b", 0, 22.0))
+    assert leader.effects[-1] == FinishJob()
+    assert leader.failed == []
+
+
 def test_finished_nodes_count_towards_the_minimum() -> None:
     leader = running("ab").feed(Finished("a", 0, 20.0), broken("b", 0, 21.0))
     assert leader.nodes == "b"

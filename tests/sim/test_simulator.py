@@ -24,6 +24,13 @@ STORIES = {
         steady=True, nodes=2, nodes_max=2, workers=1, steps=4, snapshot_every=2,
         faults=(Fault("pause-node", "rank0", when="disk: manifest", duration_s=8.0),),
     ),
+    "the fence holds against an entry that comes late": SimConfig(
+        steady=True, nodes=2, nodes_max=2, workers=1, steps=6, snapshot_every=2, sharded=True,
+        faults=(
+            Fault("pause-node", "rank0", when="disk: manifest of 000000000001-g0", duration_s=5.0),
+            Fault("kill-worker", "b.0", when="disk: entry 000000000001-g0"),
+        ),
+    ),
     "a node is lost and returns": SimConfig(
         steady=True, nodes=2, nodes_max=2, workers=1, steps=8, snapshot_every=4,
         faults=(Fault("kill-node", "b", at_s=3.5, duration_s=5.0),),
