@@ -7,13 +7,13 @@ Nothing here moves tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from autoglm_elastic.core import recovery
-from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
+from autoglm_elastic.core.lineage import EntryFact, GenerationRecord, parse_entry_name
 from autoglm_elastic.core.recovery import Holding, Plan
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, PlatformError
 from autoglm_elastic.ports import Outcome
@@ -100,6 +100,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             break
         entry, opened = _first_good(plan, stored)
         if entry is not None:
+            plan = _resuming_from(entry, plan)
             break
         entries = [fact for fact in entries if fact.name not in plan.entries]
     outcome = stored.put_generation(plan.record(generation, entry))
@@ -122,6 +123,21 @@ def _holders(plan: Plan, held: list[Held], shards: int) -> tuple[int, ...]:
     """The rank that holds shard 0, 1, … of the state that the plan resumes from."""
     holds = {h.holding.shard: h.holding.rank for h in held if h.holding.rank not in plan.receivers}
     return tuple(holds[f"{shard}/{shards}"] for shard in range(shards))
+
+
+def _resuming_from(entry: str, plan: Plan) -> Plan:
+    """The plan names the newest candidate's step; the one that did verify may be an older one."""
+    fact = parse_entry_name(entry)
+    if (fact.step, fact.generation) == (plan.step, plan.generation):
+        return plan
+    passed_over = tuple(f"disk: {name} does not verify" for name in plan.entries[: plan.entries.index(entry)])
+    return replace(
+        plan,
+        step=fact.step,
+        generation=fact.generation,
+        reason=f"disk step {fact.step}: the newest snapshot that verifies",
+        rejected=(*plan.rejected, *passed_over),
+    )
 
 
 def _first_good(plan: Plan, stored: Stored) -> tuple[str | None, Mapping[str, Any]]:

@@ -164,3 +164,25 @@ def test_a_plain_script_fails_for_good_with_torchs_summary() -> None:
     with Job("--standalone", "--nproc-per-node=2", "--max-restarts=1", PLAIN, "10", "99") as job:
         assert job.wait() == 1
     assert "Root Cause (first observed failure)" in "\n".join(job.text)
+
+
+def test_a_flipped_bit_falls_back_to_the_snapshot_before(
+    undisturbed: dict[str, object], run_dir: Path
+) -> None:
+    command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN, "--snapshot-every=10")
+    with Job(*command) as job:
+        assert job.wait() == 0, job.output()
+    before, damaged_entry = sorted(path.stem for path in (run_dir / "catalog").iterdir())[-2:]
+    resumed_step = int(before.partition("-")[0])
+    newest = max((run_dir / "packs").glob("*/*"), key=lambda pack: pack.stat().st_mtime)
+    damaged = bytearray(newest.read_bytes())
+    damaged[-5] ^= 1
+    newest.write_bytes(damaged)
+    with Job(*command) as job:
+        assert job.wait() == 0, job.output()
+    assert job.steps() == list(range(resumed_step + 1, 41)), (
+        "steps are counted from the snapshot that was used"
+    )
+    assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+    assert events(run_dir, "snapshot.rejected")[0]["entry"] == damaged_entry
+    assert events(run_dir, "plan.decided")[-1]["step"] == resumed_step

@@ -19,6 +19,7 @@ parser.add_argument("--stuck-step", type=int, default=-1)
 parser.add_argument("--exit-rank", type=int, default=-1)
 parser.add_argument("--exit-step", type=int, default=-1)
 parser.add_argument("--raise-step", type=int, default=-1)
+parser.add_argument("--snapshot-every", type=int, default=0)
 parser.add_argument("--once", default="")
 parser.add_argument("--shard", action="store_true")
 options = parser.parse_args()
@@ -71,7 +72,12 @@ def train(job: elastic.Job) -> None:
         report(
             rank=job.rank, step=job.step + 1, world=job.world
         )  # commit may not return: it can end this world
-        job.commit(loss=loss)
+        if options.snapshot_every and (job.step + 1) % options.snapshot_every == 0:
+            snapshot = job.snapshot()
+            job.commit(loss=loss)
+            snapshot.wait(30)
+        else:
+            job.commit(loss=loss)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
