@@ -43,25 +43,36 @@ class ComputeThreads:
 
         self._torch: Any = sys.modules["torch"]
         self._openblas: list[Any] = ThreadpoolController().select(internal_api="openblas").lib_controllers
-        self._initial = [self._torch.get_num_threads(), *(library.num_threads for library in self._openblas)]
+        self._openblas_initial = [library.num_threads for library in self._openblas]
+        self._torch_initial: int = self._torch.get_num_threads()
         cores = len(os.sched_getaffinity(0))
         # torch with MKL takes no more threads than there are cores, which its own choice shows.
-        self._most = cores if env.get("OMP_NUM_THREADS") else self._initial[0]
+        self._torch_most = cores if env.get("OMP_NUM_THREADS") else self._torch_initial
 
-    def follow(self, env: Mapping[str, str]) -> None:
-        """Let the next fork compute with as many threads as a process that starts with `env`.
+    def before_fork(self, env: Mapping[str, str]) -> None:
+        """In the zygote: OpenBLAS as in a process that starts with `env`.
 
-        Done in the zygote, not in the worker, since OpenBLAS starts its threads when it is told a number.
+        OpenBLAS starts threads when it is told a number; `settled_threads` stops them, the number stays.
         """
-        text = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-        wanted = int(text) if text.isdecimal() and int(text) > 0 else None
-        initial, *blas_initial = self._initial
-        threads = min(wanted, self._most) if wanted else initial
-        if self._torch.get_num_threads() != threads:
-            self._torch.set_num_threads(threads)
-        for library, own in zip(self._openblas, blas_initial, strict=True):
-            # Its own variables come first with OpenBLAS; a change of those is a reason not to fork at all.
-            given = env.get("OPENBLAS_NUM_THREADS") or env.get("GOTO_NUM_THREADS")
-            threads = own if given or not wanted else wanted
+        wanted = _wanted(env)
+        # Its own variables come first with OpenBLAS; a change of those is a reason not to fork at all.
+        given = env.get("OPENBLAS_NUM_THREADS") or env.get("GOTO_NUM_THREADS")
+        for library, initial in zip(self._openblas, self._openblas_initial, strict=True):
+            threads = initial if given or wanted is None else wanted
             if library.num_threads != threads:
                 library.set_num_threads(threads)
+
+    def after_fork(self, env: Mapping[str, str]) -> None:
+        """In the worker: torch as in a process that starts with `env`.
+
+        Not in the zygote: torch starts a pool (pthreadpool's) when the number grows, and nothing stops it again.
+        """
+        wanted = _wanted(env)
+        threads = self._torch_initial if wanted is None else min(wanted, self._torch_most)
+        if self._torch.get_num_threads() != threads:
+            self._torch.set_num_threads(threads)
+
+
+def _wanted(env: Mapping[str, str]) -> int | None:
+    text = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None

@@ -156,7 +156,7 @@ class ZygoteServer:
 
     def _unsafe_reason(self, request: SpawnRequest, script: PythonScript | None) -> str | None:
         if script is not None:
-            self._prepared.compute_threads.follow(request.env)
+            self._prepared.compute_threads.before_fork(request.env)
         facts = self._prepared.facts
         reason = fork_unsafe_reason(request, facts, threads=_threads.settled_threads(facts.threads))
         if reason is not None or script is None or sys.flags.safe_path:
@@ -181,6 +181,7 @@ class ZygoteServer:
             self._children.clear()
             env = {**request.env, **{name: str(fd) for name, fd in request.pass_fds.items()}}
             worker_main.become(script, env, request.cwd, self._prepared.state)
+            self._prepared.compute_threads.after_fork(env)
         except BaseException:  # noqa: BLE001 - a half-made worker must not go on as a second zygote
             traceback.print_exc()
             os._exit(_CRASHED)

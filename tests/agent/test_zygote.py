@@ -163,7 +163,7 @@ def test_processes_of_its_own(launcher: Launcher, arguments: list[str]) -> None:
     assert forked.returncode == 0
 
 
-def test_torch(launcher: Launcher, tmp_path: Path) -> None:
+def test_torch(launcher: Launcher) -> None:
     """DataLoader workers, torch.multiprocessing, threads as OMP_NUM_THREADS says, fresh random streams."""
     command = python(str(SCRIPTS / "loaders.py"))
     one = launcher.run([*command, "fork"], env={"OMP_NUM_THREADS": "1"})
@@ -171,10 +171,9 @@ def test_torch(launcher: Launcher, tmp_path: Path) -> None:
     assert "fork 28\n[1.0, 2.0]\n" in one.out
     assert "threads 1 1" in one.out
     cores = len(psutil.Process().cpu_affinity() or ())
-    # A zygote of its own: OpenBLAS keeps a thread when it is told a smaller number again, so that later workers of
-    # the same zygote would be executed.
-    with Launcher(tmp_path) as other:
-        two = other.run(command, env={"OMP_NUM_THREADS": "2"})
+    grown = launcher.spawn(command, env={"OMP_NUM_THREADS": "2"})
+    assert grown.fresh_because is None
+    two = grown.wait()
     assert f"threads {min(2, cores)} 2" in two.out
     assert len({*one.err.split()[1:], *two.err.split()[1:]}) == 8  # no seed, no number occurs twice
 
