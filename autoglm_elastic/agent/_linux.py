@@ -1,5 +1,4 @@
-"""The few calls to the kernel and the C library for which Python has no name. Linux only; nothing here keeps
-state."""
+"""The few calls to the kernel and the C library for which Python has no name. Nothing here keeps state."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The zygote's side: a small process that has imported what workers need and forks them when the agent asks.
 
 It has one thread, no CUDA context and no OpenMP pool, so that a fork is as good as a fresh start. Three
-events drive
-its only loop: a request, the death of a worker, the death of the agent. It never runs a worker's code in
-itself.
+events drive its only loop: a request, the death of a worker, the death of the agent. It never runs a worker's
+code in itself.
 """
 
 from __future__ import annotations
@@ -143,15 +142,17 @@ class ZygoteServer:
             return _Child(executed.pid, os.pidfd_open(executed.pid), status_fd, executed), reason
         zygote_pid = os.getpid()
         detached, detached_end = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            _detach_worker(zygote_pid, detached_end)
-            os.close(detached)
-            self._become_worker(request, script, status_fd)
-        os.close(detached_end)
-        # The agent may signal the worker's process group as soon as it has the answer: it must exist by then.
-        os.read(detached, 1)
-        os.close(detached)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _detach_worker(zygote_pid, detached_end)
+                os.close(detached)
+                self._become_worker(request, script, status_fd)
+        finally:
+            os.close(detached_end)
+        with open(detached, "rb", buffering=0) as end:
+            # The agent may signal the worker's process group as soon as it has the answer: it must exist then.
+            end.read(1)
         return _Child(pid, os.pidfd_open(pid), status_fd, None), None
 
     def _unsafe_reason(self, request: SpawnRequest, script: PythonScript | None) -> str | None:

@@ -1,5 +1,4 @@
-"""What agent and zygote say to each other: packets of JSON with file descriptors, over one SOCK_SEQPACKET
-pair.
+"""What agent and zygote say to each other: packets of JSON and file descriptors, over one SOCK_SEQPACKET pair.
 
 A request's body travels in a memory file, since an environment may be larger than a packet. Both ends are of
 the same installation and user, but sizes are checked all the same. Standard `json`, not msgspec: command

@@ -1,9 +1,7 @@
-"""torch's `SubprocessContext` with workers from the zygote, and with one worker replaced while the others run
-on.
+"""torch's `SubprocessContext` with workers from the zygote, any of which can be replaced while the others run.
 
 Redirects, tee, log tailing, filters, error files, the all-or-nothing `wait` and `close` are torch's own. Only
-how a
-process is started differs, and what has no equivalent there: `replace`, `kill`, `pidfds`, `poll_exits`.
+how a process is started differs, and what has no equivalent there: `replace`, `kill`, `pidfds`, `poll_exits`.
 """
 
 from __future__ import annotations

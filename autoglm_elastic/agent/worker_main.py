@@ -1,5 +1,4 @@
-"""What runs in a process just forked from the zygote: it becomes `python -u script.py args` and ends as that
-would.
+"""What runs in a process just forked from the zygote: it becomes `python -u script.py`, and ends as that would.
 
 `become` gives the process the state of an interpreter that has just started; `run` hands it to the script,
 through the same functions of CPython that its own `main` uses, and never returns. Here it matters that a

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from zygote_harness import REPOSITORY, RUN_S, SCRIPTS, Launcher, python
 
@@ -89,3 +91,42 @@ def test_no_orphan_when_the_agent_is_killed_while_the_zygote_imports(tmp_path: P
         assert pipe.read_line() == "importing\n"
         launcher.process.kill()
         assert pipe.read() == ""
+
+
+def test_workers_end_with_a_killed_zygote_and_a_new_one_takes_its_place(
+    launcher: Launcher, pipe: Pipe
+) -> None:
+    """The agent sees both, the worker's status is that of a kill, and the zygote it executes forks as well."""
+    zygote = launcher.ready()
+    worker = launcher.spawn(python(str(SCRIPTS / "waits.py")), stdout=pipe.path)
+    child = int(pipe.read_line().split()[1])
+    os.kill(zygote, signal.SIGKILL)
+    assert launcher.tell(op="wait", pid=worker.pid)["returncode"] == -signal.SIGKILL
+    os.kill(child, signal.SIGKILL)  # a kill of the zygote alone does not reach what a worker has started
+    assert launcher.tell(op="respawn")["zygote"] != zygote
+    again = launcher.spawn(python(str(SCRIPTS / "endings.py"), "exit_3"))
+    assert again.fresh_because is None
+    assert again.wait().returncode == 3
+
+
+def test_what_the_zygote_is(launcher: Launcher, pipe: Pipe) -> None:
+    """One thread, nothing of the agent's but stdout and stderr, and most of its memory shared with its workers."""
+    process = psutil.Process(launcher.ready())
+    worker = launcher.spawn(python(str(SCRIPTS / "waits.py")), stdout=pipe.path, env={"OMP_NUM_THREADS": "2"})
+    pipe.read_line()
+    assert process.num_threads() == 1
+    kinds = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd")]
+    own = ("socket:", "anon_inode:[pidfd]", "pipe:", "/dev/null", str(launcher.folder))
+    assert [kind for kind in kinds if not kind.startswith(own)] == []
+    assert os.getsid(process.pid) == process.pid
+    memory = psutil.Process(worker.pid).memory_full_info()
+    assert memory.uss < memory.rss / 2
+    psutil.Process(worker.pid).children()[0].kill()
+    psutil.Process(worker.pid).kill()
+    assert launcher.tell(op="wait", pid=worker.pid)["returncode"] == -signal.SIGKILL
+
+
+def test_a_module_that_cannot_be_preloaded_is_named(tmp_path: Path) -> None:
+    with Launcher(tmp_path, "nosuchmodule") as launcher, pytest.raises(AssertionError, match="nosuchmodule"):
+        launcher.ready()
+    assert "--preload nosuchmodule: ModuleNotFoundError" in (tmp_path / "launcher.err").read_text()
