@@ -195,6 +195,8 @@ class Supervisor:
             self._log_started(slot)
             return
         world = self._send_world(slot)
+        if slot.unwound >= world.parent and not world.planned:
+            return  # it had noticed by itself, and has been waiting for this
         slot.pending = world
         if not world.planned:
             slot.unwind_deadline = time.monotonic() + self._agent.settings.recovery.unwind_limit_s
@@ -263,16 +265,20 @@ class Supervisor:
             if isinstance(message, wire.Hello):
                 slot.can_stay = True
             elif isinstance(message, wire.Unwound):
-                slot.unwind_deadline = None
+                slot.unwound = message.generation
                 if slot.pending is not None and message.generation < slot.pending.generation:
-                    slot.pending = None
-                    if not any(other.pending for other in self._slots):
-                        self._handler.settle()
+                    self._on_entered(slot)
             elif isinstance(message, wire.Done):
                 slot.done = message
+                if slot.pending is not None and message.generation >= slot.pending.generation:
+                    self._on_entered(slot)
             elif isinstance(message, wire.Event):
                 self._agent.emit_named(message.name, message.fields, rank=self._rank(slot))
-            elif isinstance(message, wire.Resumed) and self._rank(slot) == 0:
+            elif isinstance(message, wire.Resumed):
+                if slot.pending is not None and message.generation >= slot.pending.generation:
+                    self._on_entered(slot)
+                if self._rank(slot) != 0:
+                    continue
                 self._agent.emit(
                     events.IncidentClosed(
                         generation=message.generation,
@@ -285,6 +291,12 @@ class Supervisor:
                         phases_s=message.phases_s,
                     )
                 )
+
+    def _on_entered(self, slot: WorkerSlot) -> None:
+        """It has left its old generation, or has been seen in the new one."""
+        slot.pending = slot.unwind_deadline = None
+        if not any(other.pending for other in self._slots):
+            self._handler.settle()
 
     def _on_exits(self) -> None:
         if not self._running:
