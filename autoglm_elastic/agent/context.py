@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -20,6 +21,7 @@ from torch.numa.binding import NumaOptions
 
 from autoglm_elastic.agent.process import SpawnedProcess, SpawnRequest, WorkerProcess
 from autoglm_elastic.agent.zygote import Zygote, ZygoteGone
+from autoglm_elastic.errors import PlatformError
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class ZygoteContext(SubprocessContext):
         """Start a new process for `local_rank`; what is left of the old one is killed first.
 
         Log files are appended to, the error file of the old process is removed. `env_updates` stay for later
-        ones. Raises `ElasticError` when the old process cannot be ended, and what `Zygote.spawn` raises.
+        ones. Raises what `kill` and `Zygote.spawn` raise.
         """
         self.kill(local_rank)
         self.envs[local_rank].update(env_updates)
@@ -133,12 +135,21 @@ class ZygoteContext(SubprocessContext):
         self._running_local_ranks.add(local_rank)
 
     def kill(self, local_rank: int) -> None:
-        """SIGKILL the session of that worker, its own children included, and wait for its end."""
+        """SIGKILL the session of that worker, its own children included, and wait for its end.
+
+        Raises `PlatformError` when it does not come.
+        """
         process = self._processes()[local_rank]
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(KILL_WAIT_S)
+            try:
+                process.wait(KILL_WAIT_S)
+            except subprocess.TimeoutExpired as error:
+                raise PlatformError(
+                    f"worker {local_rank} (pid {process.pid}) has not ended {KILL_WAIT_S:.0f} s after SIGKILL",
+                    do="look at its device: a process that waits in the kernel cannot be killed",
+                ) from error
 
     def pidfds(self) -> dict[int, int]:
         """By local rank: readable when that process is dead. Valid until it is replaced."""
