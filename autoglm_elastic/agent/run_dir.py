@@ -85,6 +85,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str], *, run_id: str | None) -> None:
         self.path = Path(path).absolute()
         self._lock_fd = -1
+        self._run_id_given = run_id
         info = self._read_info()
         if info is not None:
             self._check(info, run_id)
@@ -105,7 +106,8 @@ class RunDirectory:
         written = self._read_info()
         if written is None:
             raise UsageError(f"run directory {self.path}: {RUN_NAME} vanished while the job began")
-        self._check(written, self.run_id)
+        self._check(written, self._run_id_given)
+        self.run_id = written.run_id  # another agent's, where that was first and nobody gave a name
 
     def lock(self) -> None:
         """Claim the directory for the agent that hosts the job's store. The lock ends with this process.

@@ -51,11 +51,14 @@ def test_it_is_created_with_a_name_of_its_own_and_resumed(run_dir: Path) -> None
     assert json.loads((run_dir / "deeper/run.json").read_text()) == info
 
 
-def test_several_agents_that_begin_together_agree(run_dir: Path) -> None:
-    one, other = RunDirectory(run_dir, run_id="job"), RunDirectory(run_dir, run_id="job")
+@pytest.mark.parametrize("run_id", ["job", None])
+def test_several_agents_that_begin_together_agree(run_dir: Path, run_id: str | None) -> None:
+    one, other = RunDirectory(run_dir, run_id=run_id), RunDirectory(run_dir, run_id=run_id)
     one.begin([])
     other.begin([])
-    assert one.run_id == other.run_id == "job"
+    assert one.run_id == other.run_id == json.loads((run_dir / "run.json").read_text())["run_id"]
+    with pytest.raises(UsageError, match="not another"):
+        RunDirectory(run_dir, run_id="another")
     assert sorted(os.listdir(run_dir)) == ["run.json"]
 
 
