@@ -26,10 +26,10 @@ METRICS_NAME: Final = "metrics.jsonl"
 """Names of the two files under the run directory. For the second see `autoglm_elastic.observe.metrics`."""
 
 PHASES: Final = ("detect", "unwind", "seal", "group", "plan", "state", "first_step")
-"""The phases of a recovery, in order: keys of `IncidentClosed.phases_s`. `detect`: fault → an agent or a
-survivor knows; `unwind`: → out of the user's function and of the broken groups; `seal`: → the new generation
-is known; `group`: → process groups exist; `plan`: → decided what to resume from; `state`: → every rank has
-it; `first_step`: → first committed step."""
+"""The phases of a recovery, in order, without a gap: keys of `IncidentClosed.phases_s`. `detect`: fault → rank
+0 knows (only in reports, where the time of the fault was noted); `unwind`: → out of the user's function and of
+the broken groups; `seal`: → the new generation is known; `group`: → process groups exist; `plan`: → decided what
+to resume from; `state`: → every rank has it; `first_step`: → first committed step."""
 
 _TEXT_CHARS_MAX: Final = 240
 _LIST_ITEMS_MAX: Final = 8

@@ -200,14 +200,14 @@ def render(view: RunView, *, title: str, steps: int | None) -> RenderableType:
     recoveries = f"{view.recoveries} recover{'y' if view.recoveries == 1 else 'ies'}"
     so_far = Text(
         f"generation {view.generation}   {count(view.failures, 'failure')}   {recoveries}"
-        f"   {count(view.steps_redone, 'step')} redone   {count(view.snapshots, 'snapshot')} committed",
+        f"   {count(view.steps_redone, 'step')} redone   {count(view.snapshots, 'snapshot')}",
         style="bright_black",
     )
     parts: list[RenderableType] = [now, so_far, "", _rank_table(view), "", _messages(view)]
     return Panel(Group(*parts), title=title, title_align="left", border_style="bright_black")
 
 
-def sparkline(values: Sequence[float], width: int = 30) -> str:
+def sparkline(values: Sequence[float], width: int = 16) -> str:
     """The last `width` values as a line of bars, from their lowest to their highest."""
     shown = list(values)[-width:]
     if not shown:

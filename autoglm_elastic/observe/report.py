@@ -317,8 +317,9 @@ def _close(
     incident.from_step = event.from_step
     incident.world_after = world_after
     incident.phases_s = dict(event.phases_s)
-    if incident.fault is not None:
-        incident.phases_s["detect"] = incident.opened - incident.fault
+    if incident.fault is not None and incident.seconds is not None:
+        # Rank 0 counts from when it knew, without a gap: what is left is the time from the fault until then.
+        incident.phases_s["detect"] = max(0.0, incident.seconds - sum(event.phases_s.values()))
     if before:
         incident.steps_lost = max(0, before[-1].step - event.from_step)
 

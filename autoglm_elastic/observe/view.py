@@ -6,6 +6,7 @@ Pure: no file, no clock, no terminal. `live` shows it.
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -36,6 +37,15 @@ class Message:
     wall_time: float
     kind: str
     text: str
+
+
+_SIGNALS: Final = {number.value: number.name for number in signal.Signals}
+
+
+def _death(event: events.WorkerDied) -> str:
+    number = -event.exit_code
+    how = f"exit code {event.exit_code}" if number <= 0 else _SIGNALS.get(number, f"signal {number}")
+    return f"rank {event.rank} on {event.node} died: {how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +137,7 @@ class RunView:
                 return []
             case events.WorkerDied():
                 self._move([RankMoved(event.generation, event.rank, TaskState.FAILED)])
-                return [("bad", event.message or f"rank {event.rank} on {event.node} died")]
+                return [("bad", event.message or _death(event))]
             case events.WorkerStuck():
                 return [("bad", f"rank {event.rank} did not unwind within {event.waited_s:g} s: replaced")]
             case events.IncidentOpened():

@@ -19,7 +19,7 @@ def test_incidents_tell_what_happened_and_what_it_cost(tmp_path: Path) -> None:
     assert (worker.broke, worker.generation, worker.rank) == (1, 2, 1)
     assert (worker.world_before, worker.world_after, worker.steps_lost) == (4, 4, 0)
     assert worker.seconds == pytest.approx(0.004 + 0.03 + 0.06 + STEP_S, abs=1e-3)
-    assert worker.phases_s["detect"] == pytest.approx(0.004, abs=1e-3)
+    assert sum(worker.phases_s.values()) == pytest.approx(worker.seconds), "phases have no gap and no overlap"
     assert set(worker.phases_s) == set(events.PHASES)
     assert (node.world_before, node.world_after, node.steps_lost, node.from_step) == (4, 2, 1, 59)
     assert [(change.kind, change.world_after) for change in result.changes] == [("start", 4), ("growth", 4)]
@@ -129,4 +129,4 @@ def test_a_node_that_vanished_is_an_incident_although_nobody_opened_it(tmp_path:
     path.write_bytes(b"".join(line for line in lines if b'"id":2' not in line))
     _, node = report.build(tmp_path).incidents
     assert (node.broke, node.generation, node.world_after, node.steps_lost) == (2, 3, 2, 1)
-    assert node.phases_s["detect"] == pytest.approx(0.92, abs=1e-2)
+    assert sum(node.phases_s.values()) == pytest.approx(node.seconds)
