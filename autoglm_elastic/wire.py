@@ -76,6 +76,13 @@ class Unwound(msgspec.Struct, frozen=True, tag_field="op", tag="unwound"):
     generation: int
 
 
+class Entered(msgspec.Struct, frozen=True, tag_field="op", tag="entered"):
+    """Worker → agent: it takes part in `generation` from here on. Until then nobody there knows of the process: if it
+    dies, another can take its place in the same generation."""
+
+    generation: int
+
+
 class Resumed(msgspec.Struct, frozen=True, tag_field="op", tag="resumed"):
     """Worker → agent: the first committed step in `generation`. `phases_s`: seconds by phase of the recovery.
     `step`: the step just committed; `from_step`: where the plan resumed; `tier`: live, disk or fresh."""
@@ -105,7 +112,7 @@ class Done(msgspec.Struct, frozen=True, tag_field="op", tag="done"):
 
 
 ToWorker = World | Break | Stop
-ToAgent = Hello | Unwound | Resumed | Event | Done
+ToAgent = Hello | Unwound | Entered | Resumed | Event | Done
 
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)

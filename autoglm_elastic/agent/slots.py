@@ -28,8 +28,8 @@ class WorkerSlot:
     """One local rank.
 
     `can_stay`: its process runs `elastic.run` (it said Hello), or replaces one that did. `pending`: a generation
-    that it was sent to and has not entered yet. `unwound`: the newest generation that it has left by itself.
-    `step_max`: the newest committed step that any process of this slot noted.
+    that it was sent to and has not entered yet. `step_max`: the newest committed step that any process of this slot
+    noted.
     """
 
     def __init__(self, local_rank: int) -> None:
@@ -38,7 +38,6 @@ class WorkerSlot:
         self.exit_code: int | None = None
         self.can_stay = False
         self.pending: wire.World | None = None
-        self.unwound = -1
         self.unwind_deadline: float | None = None
         self.done: wire.Done | None = None
         self.step_max = -1
@@ -68,7 +67,6 @@ class WorkerSlot:
         self._control.setblocking(False)
         self._board = wire.Board.create()
         self.done = None
-        self.unwound = -1
         self.exit_code = None
         self.unwind_deadline = None
         return WorkerEnds(worker_end, self._board.fd)

@@ -195,8 +195,6 @@ class Supervisor:
             self._log_started(slot)
             return
         world = self._send_world(slot)
-        if slot.unwound >= world.parent and not world.planned:
-            return  # it had noticed by itself, and has been waiting for this
         slot.pending = world
         if not world.planned:
             slot.unwind_deadline = time.monotonic() + self._agent.settings.recovery.unwind_limit_s
@@ -265,20 +263,15 @@ class Supervisor:
             if isinstance(message, wire.Hello):
                 slot.can_stay = True
             elif isinstance(message, wire.Unwound):
-                slot.unwound = message.generation
-                if slot.pending is not None and message.generation < slot.pending.generation:
+                slot.unwind_deadline = None
+            elif isinstance(message, wire.Entered):
+                if slot.pending is not None and message.generation >= slot.pending.generation:
                     self._on_entered(slot)
             elif isinstance(message, wire.Done):
                 slot.done = message
-                if slot.pending is not None and message.generation >= slot.pending.generation:
-                    self._on_entered(slot)
             elif isinstance(message, wire.Event):
                 self._agent.emit_named(message.name, message.fields, rank=self._rank(slot))
-            elif isinstance(message, wire.Resumed):
-                if slot.pending is not None and message.generation >= slot.pending.generation:
-                    self._on_entered(slot)
-                if self._rank(slot) != 0:
-                    continue
+            elif isinstance(message, wire.Resumed) and self._rank(slot) == 0:
                 self._agent.emit(
                     events.IncidentClosed(
                         generation=message.generation,
@@ -293,7 +286,7 @@ class Supervisor:
                 )
 
     def _on_entered(self, slot: WorkerSlot) -> None:
-        """It has left its old generation, or has been seen in the new one."""
+        """It takes part in the generation that it was sent to."""
         slot.pending = slot.unwind_deadline = None
         if not any(other.pending for other in self._slots):
             self._handler.settle()

@@ -115,6 +115,7 @@ class Session:
         failed_at = 0.0
         try:
             if self._control is not None:
+                self._control.send(wire.Entered(world.generation))
                 self._control.enter(world.generation, groups.break_)
             world, agreement = self._enter(world, groups)
             job = Job(self, world, agreement, self._snapshots, dict(self._phases_s))
@@ -134,6 +135,8 @@ class Session:
             endings.forget(error)
         finally:
             self._unwind(job, groups, sealed_at, failed_at)
+        if self._control is not None:
+            self._control.send(wire.Unwound(world.generation))
         return True, None
 
     def _enter(self, world: wire.World, groups: Groups) -> tuple[wire.World, Agreement]:
@@ -306,8 +309,6 @@ class Session:
         now = time.monotonic()
         since = min(failed_at, told_at) if told_at > started_at else failed_at
         self._phases_s = {"unwind": max(0.0, now - since), "unwound_at": now} if failed_at else {}
-        if self._control is not None and failed_at:
-            self._control.send(wire.Unwound(groups.generation))
 
     # What a job asks of us.
 
