@@ -13,10 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 import msgspec
+
+from autoglm_elastic.observe import _lines
 
 LINE_BYTES_MAX: Final = 4096
 """A line is written with one `write` and is smaller than this; longer texts and lists are cut to fit."""
@@ -306,7 +307,7 @@ class EventRecord(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(EventRecord)
+_decoder: msgspec.json.Decoder[EventRecord] = msgspec.json.Decoder(EventRecord)
 
 
 def make(name: str, fields: Mapping[str, object]) -> Event:
@@ -353,10 +354,9 @@ class EventLog:
     def __init__(
         self, path: str | os.PathLike[str], *, source: str, wall: Callable[[], float] = time.time
     ) -> None:
-        self._path = Path(path)
+        self._file = _lines.LineFile(path)
         self._source = source
         self._wall = wall
-        self._fd = -1
         self._lock = threading.Lock()
         self.faults = 0
         """Events that could not be written."""
@@ -373,7 +373,7 @@ class EventLog:
             )
             line = encode_line(record)
             with self._lock:
-                self._append(line)
+                self._file.append(line)
         except (OSError, ValueError, TypeError, msgspec.MsgspecError):
             self.faults += 1
 
@@ -389,39 +389,17 @@ class EventLog:
             self.faults += 1
         self.emit(event, source=source)
 
-    def _append(self, line: bytes) -> None:
-        if self._fd < 0:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            size = os.fstat(self._fd).st_size
-            if size and os.pread(self._fd, 1, size - 1) != b"\n":
-                line = b"\n" + line  # a writer died within its line: do not let it swallow ours
-        if os.write(self._fd, line) != len(line):
-            raise OSError(f"short write to {self._path}")
-
     def close(self) -> None:
         """Idempotent. An event after it opens the file again."""
         with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            self._file.close()
 
 
 def parse_line(line: bytes) -> EventRecord | None:
     """The record of one line, or None when it is torn or not one of ours."""
-    try:
-        return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+    return _lines.parse(line, _decoder)
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[EventRecord]:
     """All records in the order of the file. Torn lines and a file that is not there yet are passed over."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115  (a missing file is an answer, not an error)
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            record = parse_line(line)
-            if record is not None:
-                yield record
+    return _lines.read(path, parse_line)

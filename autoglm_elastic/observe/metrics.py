@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import msgspec
+
+from autoglm_elastic.observe import _lines
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -27,7 +28,7 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Metric)
+_decoder: msgspec.json.Decoder[Metric] = msgspec.json.Decoder(Metric)
 
 
 class MetricLog:
@@ -35,8 +36,7 @@ class MetricLog:
     `faults`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        self._fd = -1
+        self._file = _lines.LineFile(path)
         self.faults = 0
 
     def write(self, metric: Metric) -> None:
@@ -44,43 +44,23 @@ class MetricLog:
         try:
             if metric.loss is not None and not math.isfinite(metric.loss):
                 metric = msgspec.structs.replace(metric, loss=None)
-            line = _encoder.encode(metric) + b"\n"
-            if self._fd < 0:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                size = os.fstat(self._fd).st_size
-                if size and os.pread(self._fd, 1, size - 1) != b"\n":
-                    line = b"\n" + line
-            if os.write(self._fd, line) != len(line):
-                raise OSError(f"short write to {self._path}")
+            self._file.append(_encoder.encode(metric) + b"\n")
         except (OSError, TypeError, ValueError, msgspec.MsgspecError):
             self.faults += 1
 
     def close(self) -> None:
         """Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 def parse_line(line: bytes) -> Metric | None:
     """The metric of one line, or None when it is torn or not one of ours."""
-    try:
-        return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
+    return _lines.parse(line, _decoder)
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[Metric]:
     """All metrics in the order of the file. Torn lines and a file that is not there yet are passed over."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115  (a missing file is an answer, not an error)
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            metric = parse_line(line)
-            if metric is not None:
-                yield metric
+    return _lines.read(path, parse_line)
 
 
 def lineage(metrics: Iterable[Metric]) -> list[Metric]:
