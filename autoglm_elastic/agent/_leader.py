@@ -68,6 +68,8 @@ class Leader:
         current = view.generation
         if current is not None:
             self.feed(view, core.Adopted(current, now))
+            for number, node in sorted(view.entered):
+                self.feed(view, core.Entered(node, number, now))
             for number, node in sorted(view.finished):
                 self.feed(view, core.Finished(node, number, now))
         for member in list(view.members.values()):

@@ -135,6 +135,7 @@ class View:
                 return core.Finished(node, int(number), now)
             case ("entered", number, node):
                 self.entered.add((int(number), node))
+                return core.Entered(node, int(number), now)
             case ("c10d", number):
                 self.c10d[int(number)] = (str(value["host"]), int(value["port"]))
             case ("generations", number):

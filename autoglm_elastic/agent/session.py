@@ -238,7 +238,8 @@ class NodeSession:
             self.store.put(self._keys.finished(generation, self.node), {"wall_time": self._clock.wall()})
 
     def report_entered(self, generation: int) -> None:
-        """This node has seen `generation` and is ready to start its workers (see `wait_entered`)."""
+        """This node has seen `generation` and puts its workers into it: it was alive when that was sealed. See
+        `wait_entered`."""
         self.store.put(self._keys.entered(generation, self.node), {})
 
     def publish_c10d(self, generation: int, host: str, port: int) -> None:

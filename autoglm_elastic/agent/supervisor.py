@@ -182,6 +182,7 @@ class Supervisor:
                 self._log_started(slot)
             self._handler.settle()
         self._started_at = time.monotonic()
+        self._tell(lambda: self._session.report_entered(generation.number))
 
     def _can_stay(self) -> bool:
         """Everybody who is alive here runs `elastic.run` (and whoever died did)."""

@@ -44,7 +44,8 @@ class Placement:
 class Generation:
     """`parent` is the generation sealed before (-1: none). `planned`: nothing broke, leave the parent at an
     agreed step boundary. `restart_count` counts the failures that led here. `failures`, `committed_step` and
-    `first_failure` are the restart budget's memory, so that a new leader does not forget."""
+    `first_failure` are the restart budget's memory, so that a new leader does not forget; so are `unheard`, the
+    nodes that had given no sign of life since the newest failure."""
 
     number: int
     parent: int
@@ -57,6 +58,7 @@ class Generation:
     committed_step: int = -1
     first_failure: Failure | None = None
     grown_from: tuple[tuple[int, int], ...] = ()
+    unheard: tuple[str, ...] = ()
 
     def nodes_of(self, number: int) -> tuple[str, ...] | None:
         """The nodes of this generation or of one it only grew from; None for any other: that one is stale."""
@@ -75,6 +77,7 @@ class Generation:
         return asdict(self) | {
             "placements": [asdict(place) for place in self.placements],
             "grown_from": [list(pair) for pair in self.grown_from],
+            "unheard": list(self.unheard),
         }
 
     @classmethod
@@ -105,6 +108,7 @@ class Generation:
             committed_step=int(data["committed_step"]),
             first_failure=None if failure is None else Failure.from_json(failure),
             grown_from=tuple((int(number), int(count)) for number, count in data["grown_from"]),
+            unheard=tuple(str(node) for node in data["unheard"]),
         )
         if generation.world_size != sum(place.nproc for place in generation.placements):
             raise ValueError(f"generation {generation.number}: world size and placements do not agree")

@@ -58,6 +58,15 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
+class Entered:
+    """`node` has seen `generation` and put its workers into it: it was alive after that was sealed."""
+
+    node: str
+    generation: int
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """All workers of `node` ended well in `generation`."""
 
@@ -100,5 +109,5 @@ class WakeAt:
     time: float
 
 
-Event = MemberUp | MemberDown | Broken | Finished | Tick | Adopted
+Event = MemberUp | MemberDown | Broken | Entered | Finished | Tick | Adopted
 Effect = Seal | FailJob | FinishJob | WakeAt

@@ -121,11 +121,24 @@ class Agent(Client):
         if place is None or place.incarnation != self.incarnation:
             self.stop_workers()
             return
+        self._report_entered(generation)
         for local, worker in enumerate(self.workers):
             if worker is not None and worker.alive and not worker.done:
                 self.sim.loop.soon(self.sim.config.message_s, worker, worker.on_world, generation)
             elif worker is None or not worker.done or not self._grew_from(worker.world):
                 self._fork(local, generation)
+
+    def _report_entered(self, generation: Generation) -> None:
+        """Put until confirmed, or until it is stale."""
+
+        def put() -> Outcome:
+            return self.sim.store.put(f"entered/{self.node.name}", generation.number)
+
+        def then(outcome: Outcome) -> None:
+            if outcome is Outcome.UNKNOWN and self.generation is generation:
+                self.sim.loop.soon(self.sim.config.retry_s, self, self._report_entered, generation)
+
+        self.sim.store.request(self, put, then)
 
     def _fork(self, local: int, generation: Generation) -> None:
         fresh = Worker(self.sim, self, local)

@@ -46,6 +46,12 @@ class Checker:
         self._recorded_at: dict[int, float] = {}
         self._visible_at: dict[str, float] = {}
         self._newest_sealed = -1
+        self._died_at: dict[tuple[str, int], float] = {}
+        self._sealed: dict[int, Generation] = {}
+
+    def node_died(self, name: str, incarnation: int) -> None:
+        """A node went down with all that was on it."""
+        self._died_at[name, incarnation] = self._loop.now
 
     def sealed(self, generation: Generation) -> None:
         """A generation was written into the store."""
@@ -54,16 +60,39 @@ class Checker:
         if generation.number in self._recorded_at:
             self._loop.broke("I3", f"generation {generation.number} was recorded before it was sealed")
         self._newest_sealed = generation.number
+        self._sealed[generation.number] = generation
         self._sealed_at[generation.number] = self._loop.now
         if generation.planned:
             self._planned.add(generation.number)
 
-    def led(self, before: LeaderState, event: Event, effects: Sequence[Effect]) -> None:
+    def led(self, before: LeaderState, event: Event, after: LeaderState, effects: Sequence[Effect]) -> None:
         """The leader has made a step."""
+        if after.restart_count > before.restart_count and not isinstance(event, Broken):
+            self._loss_charged(before, after)
         if isinstance(event, Broken | Finished):
             current = before.generation
             if effects and (current is None or current.nodes_of(event.generation) is None):
                 self._loop.broke("I6", f"news of generation {event.generation} moved the leader: {effects}")
+
+    def _loss_charged(self, before: LeaderState, after: LeaderState) -> None:
+        """A node that went down with the generation before was charged with it."""
+        current = before.generation
+        if current is None:
+            return
+        number = current.grown_from[0][0] if current.grown_from else current.number
+        broken = self._sealed.get(self._sealed[number].parent)
+        if broken is None:
+            return
+        lost = before.working() - after.working()
+        were_there = {(place.node, place.incarnation) for place in broken.placements}
+        charged = {(place.node, place.incarnation) for place in current.placements if place.node in lost}
+        sealed_at, now = self._sealed_at[number], self._loop.now
+        if charged and all(
+            node in were_there and self._died_at.get(node, now) < sealed_at for node in charged
+        ):
+            self._loop.broke(
+                "I6", f"the loss of {sorted(lost)} was charged when generation {number} was sealed"
+            )
 
     def recorded(self, record: GenerationRecord) -> None:
         """A generation's record is durable: from now on it is part of the lineage, if it is the newest."""

@@ -14,6 +14,7 @@ from autoglm_elastic.core.membership import (
     Adopted,
     Broken,
     Effect,
+    Entered,
     Event,
     FailJob,
     Finished,
@@ -70,6 +71,9 @@ class Leadership:
         generation, self._generation_revision = keys.get("generation", (None, 0))
         if generation is not None:
             self._feed(Adopted(generation, now))
+            for key, (value, _) in sorted(keys.items()):
+                if key.startswith("entered/"):
+                    self._news(key, value, members=False)
         for key, (value, _) in sorted(keys.items(), key=lambda item: item[1][1]):
             self._news(key, value, members=True)
         for key, (value, _) in sorted(keys.items(), key=lambda item: item[1][1]):
@@ -105,6 +109,8 @@ class Leadership:
         if kind == "members" and members:
             down = MemberDown(node, now, self._agent.step_seen)
             self._feed(down if value is None else MemberUp(value, now))
+        elif kind == "entered" and not members:
+            self._feed(Entered(node, value, now))
         elif kind == "reports" and not members and value is not None:
             if value[0] == "broken":
                 self._feed(Broken(node, value[1], value[2], now, value[3]))
@@ -116,7 +122,7 @@ class Leadership:
             return
         before = self._state
         self._state, effects = self._sim.core.lead(before, event)
-        self._sim.checker.led(before, event, effects)
+        self._sim.checker.led(before, event, self._state, effects)
         for effect in effects:
             self._perform(effect)
 

@@ -119,6 +119,11 @@ def _lead_without_fence(state: LeaderState, event: Event) -> tuple[LeaderState, 
     return membership.step(state, event)
 
 
+def _lead_charging_twice(state: LeaderState, event: Event) -> tuple[LeaderState, tuple[Effect, ...]]:
+    """Every loss is a failure of its own, whatever broke before."""
+    return membership.step(replace(state, unheard=frozenset()), event)
+
+
 def _lead_without_waking(state: LeaderState, event: Event) -> tuple[LeaderState, tuple[Effect, ...]]:
     """Nobody is woken up: a wait without an end."""
     state, effects = membership.step(state, event)
@@ -150,6 +155,7 @@ PLANTS: Final = {
         _plant("unknown-is-abort", "an unknown entry is aborted", "I1 I5", coordinator=_UnknownIsAbort),
         _plant("sample-repeated", "ranks share samples", "I4", even=_even_rounding_up),
         _plant("stale-news", "the leader does not fence", "I6", lead=_lead_without_fence),
+        _plant("charged-twice", "one incident, two failures", "I6", lead=_lead_charging_twice),
         _plant("no-deadline", "the leader never wakes up", "I8", lead=_lead_without_waking),
     )
 }

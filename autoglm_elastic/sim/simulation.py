@@ -172,6 +172,7 @@ class Simulation:
     def _kill_node(self, agent: Agent, down_s: float) -> None:
         self.loop.trace(f"fault: node {agent.node.name} is down for {down_s:g} s")
         agent.alive = False
+        self.checker.node_died(agent.node.name, agent.incarnation)
         for worker in agent.workers:
             if worker is not None:
                 worker.die()

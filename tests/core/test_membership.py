@@ -15,6 +15,7 @@ from autoglm_elastic.core.membership import (
     Adopted,
     Broken,
     Effect,
+    Entered,
     Event,
     FailJob,
     Failure,
@@ -187,6 +188,58 @@ def test_repeated_and_stale_news_change_nothing() -> None:
     assert leader.feed(*stale).state == before
 
 
+def test_a_node_that_went_down_with_a_failure_is_not_charged_again() -> None:
+    """Node a is cut from power; b's collective breaks, b is quicker than the end of a's lease."""
+    leader = running("abc").feed(broken("b", 0), Entered("b", 1, 20.1), Entered("c", 1, 20.1))
+    leader.feed(MemberDown("a", 22.0))
+    assert leader.nodes == "bc"
+    assert (leader.last.number, leader.last.reason) == (2, "node a left")
+    assert (leader.last.restart_count, leader.last.failures) == (1, 1)
+
+
+def test_a_collective_that_breaks_with_a_node_already_missed_is_not_charged_again() -> None:
+    leader = running("abc").feed(MemberDown("a", 20.0), broken("b", 0, 20.1), broken("c", 0, 20.1))
+    assert leader.nodes == "bc"
+    assert (leader.last.number, leader.last.restart_count, leader.last.failures) == (1, 1, 1)
+
+
+def test_a_node_that_went_down_and_started_anew_is_not_charged_again() -> None:
+    leader = running("abc").feed(broken("b", 0), Entered("b", 1, 20.1), up("a", 21.0, incarnation=2))
+    assert leader.nodes == "bca"
+    assert (leader.last.reason, leader.last.restart_count) == ("node a started anew", 1)
+    leader.feed(MemberDown("a", 23.0))
+    assert leader.last.restart_count == 2, "it was alive again, so this is another incident"
+
+
+def test_nodes_that_go_down_together_are_charged_once() -> None:
+    leader = running("abc", replace(POLICY, nodes_min=1)).feed(MemberDown("a", 20.0), MemberDown("c", 20.5))
+    assert leader.nodes == "b"
+    assert (leader.last.number, leader.last.restart_count) == (2, 1)
+
+
+def test_a_node_that_entered_since_is_charged() -> None:
+    leader = running("abc").feed(broken("b", 0), Entered("a", 1, 20.1), MemberDown("a", 22.0))
+    assert leader.last.restart_count == 2
+
+
+def test_what_was_entered_before_the_failure_is_no_sign_of_life() -> None:
+    leader = running("ab").feed(Entered("a", 0, 6.0), broken("b", 0), Entered("a", 0, 20.1))
+    leader.feed(up("c", 21.0), Entered("c", 2, 21.1), MemberDown("a", 22.0))
+    assert leader.last.reason == "node a left"
+    assert leader.last.restart_count == 1
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_a_new_leader_knows_who_went_down_with_the_failure_before(entered: bool) -> None:
+    found = running("abc").feed(broken("b", 0)).last
+    assert found.unheard == ("a", "c")
+    heard = (Entered("a", 1, 100.0),) if entered else ()
+    leader = adopt(found, *heard, Entered("c", 1, 100.0), up("b", 100.0), up("c", 100.0))
+    leader.feed(MemberDown("a", 100.0))
+    assert leader.nodes == "bc"
+    assert leader.last.restart_count == (2 if entered else 1)
+
+
 def test_below_the_minimum_it_waits_and_goes_on_when_somebody_comes() -> None:
     leader = running("ab").feed(MemberDown("a", 20.0))
     assert leader.state.phase is Phase.BROKEN
@@ -357,6 +410,7 @@ raw_events = st.one_of(
     st.tuples(st.just("up"), NODES, st.integers(1, 3)),
     st.tuples(st.just("down"), NODES, st.integers(-1, 9)),
     st.tuples(st.just("broken"), NODES, st.integers(0, 6)),
+    st.tuples(st.just("entered"), NODES, st.integers(0, 6)),
     st.tuples(st.just("finished"), NODES, st.integers(0, 6)),
     st.tuples(st.just("tick"), st.just(""), st.sampled_from([0, 1, 6, 70])),
     st.tuples(st.just("adopt"), st.just(""), st.just(0)),
@@ -404,6 +458,8 @@ def test_no_order_of_news_breaks_the_rules(events: list[tuple[str, str, int]]) -
                 leader.feed(MemberDown(node, now, number))
             case "broken":
                 leader.feed(broken(node, number, now))
+            case "entered":
+                leader.feed(Entered(node, number, now))
             case "finished":
                 leader.feed(Finished(node, number, now))
             case "tick":

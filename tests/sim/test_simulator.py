@@ -35,6 +35,13 @@ STORIES = {
         steady=True, nodes=2, nodes_max=2, workers=1, steps=8, snapshot_every=4,
         faults=(Fault("kill-node", "b", at_s=3.5, duration_s=5.0),),
     ),
+    "a node that went down is reported by another first": SimConfig(
+        steady=True, nodes=3, nodes_max=3, workers=1, steps=6, snapshot_every=9,
+        faults=(
+            Fault("kill-node", "b", at_s=2.5, duration_s=30.0),
+            Fault("kill-worker", "c.0", when="fault: node b is down"),
+        ),
+    ),
     "the budget is exhausted": SimConfig(
         steady=True, nodes=1, nodes_max=1, workers=2, steps=4, snapshot_every=9, max_restarts=1,
         faults=(
