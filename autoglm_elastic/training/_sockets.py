@@ -36,10 +36,11 @@ def connected() -> dict[int, int]:
 
 class BreakableSockets:
     """The sockets opened between `begin` and `end`, on any thread. `shutdown` may come from another thread,
-    at any time, also in between."""
+    at any time, also in between or before: what is opened after it is broken at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._broken = False
         self._built = threading.Event()
         self._before: dict[int, int] = {}
         self._ours: dict[int, int] = {}
@@ -52,10 +53,13 @@ class BreakableSockets:
     def end(self) -> None:
         self._note()
         self._built.set()
+        if self._broken:
+            self._shutdown_known()
 
     def shutdown(self, limit_s: float) -> None:
         """Break all of them; while `begin … end` is under way go on with those that appear, at most
         `limit_s`."""
+        self._broken = True
         for _ in range(max(1, int(limit_s / NEW_SOCKET_CHECK_S))):
             building = not self._built.is_set()
             if building:

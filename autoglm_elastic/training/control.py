@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import struct
 import threading
@@ -23,8 +22,6 @@ from autoglm_elastic.errors import PlatformError
 
 SEND_LIMIT_S: Final = 10
 """An agent that takes nothing for so long is stuck; the message is dropped."""
-
-SIGNALS_STOP: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Control:
@@ -85,9 +82,9 @@ class Control:
         return self._told_at
 
     def next_world(self, generation: int) -> wire.World | None:
-        """A newer world than `generation`, if one was announced."""
+        """A newer world than `generation`, if one was announced that is not known to be broken."""
         world = self._world
-        return world if world is not None and world.generation > generation else None
+        return world if world is not None and world.generation > max(generation, self._broken[0]) else None
 
     def wait_broken(self, generation: int, limit_s: float) -> bool:
         """True when `generation` is known to be broken within `limit_s`."""

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
+LEAVE_SNAPSHOT_LIMIT_S: Final = 60.0
+"""A planned world waits so long for the snapshot in flight, then it is given up: newcomers stand still
+meanwhile."""
+
 STOP_SNAPSHOT_LIMIT_S: Final = 600.0
 """Whoever asked us to stop kills us when that takes too long for him; this only bounds a disk that hangs."""
 
@@ -260,8 +264,9 @@ class Job:
         if decision.snapshot or decision.stop:
             self._begin_snapshot(values)
         if decision.stop:
-            self._session.stop(self, self._wait_for_snapshot())
+            self._session.stop(self, self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S))
         if decision.leave:
+            self._wait_for_snapshot(LEAVE_SNAPSHOT_LIMIT_S)
             raise WorldChanged(self.generation, "a new world is there")
         if (reason := self._session.why_broken(self.generation)) is not None:
             raise WorldChanged(self.generation, reason)
@@ -273,7 +278,7 @@ class Job:
         """The function returned on all ranks: a last snapshot, if so agreed, and whatever is under way."""
         if last_snapshot:
             self._begin_snapshot({})
-        self._wait_for_snapshot()
+        self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S)
 
     @property
     def needs_last_snapshot(self) -> bool:
@@ -352,8 +357,9 @@ class Job:
             self._snapshot_wanted.begun(handle)
             self._snapshot_wanted = None
 
-    def _wait_for_snapshot(self) -> bool:
-        return self._snapshots is not None and self._snapshots.wait(STOP_SNAPSHOT_LIMIT_S)
+    def _wait_for_snapshot(self, limit_s: float) -> bool:
+        """True when the newest snapshot is committed. The groups that its votes need must live until then."""
+        return self._snapshots is not None and self._snapshots.wait(limit_s)
 
     def _collective_failed(self, error: BaseException) -> None:
         self._control.poison(error)

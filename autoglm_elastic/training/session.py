@@ -11,8 +11,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -27,7 +26,7 @@ from autoglm_elastic.observe.events import METRICS_NAME
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training import endings, environment
 from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree
-from autoglm_elastic.training.control import SIGNALS_STOP, Control
+from autoglm_elastic.training.control import Control
 from autoglm_elastic.training.groups import Groups
 from autoglm_elastic.training.job import Job
 from autoglm_elastic.training.metrics import MetricWriter, as_number
@@ -35,6 +34,7 @@ from autoglm_elastic.training.outcomes import MisuseError, WorldChanged
 from autoglm_elastic.training.reduce import BufferPool
 from autoglm_elastic.training.snapshots import Snapshots
 from autoglm_elastic.training.state import State
+from autoglm_elastic.training.stopping import StopSignal
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Session:
         self._snapshots: Snapshots | None = None
         self._remains: list[Any] = []
         self._generation = -1
-        self._signal = 0
+        self._signal = StopSignal()
         self._phases_s: dict[str, float] = {}
 
     @property
@@ -84,7 +84,7 @@ class Session:
         """Enter `function(job, *args, **kwargs)` once for every world, until it returns."""
         if self._control is not None:
             self._control.send(wire.Hello(os.getpid()))
-        with self._signals():
+        with self._signal.handled(lambda: self._control is not None and self._control.waiting):
             while True:
                 world = self._next_world()
                 over, value = self._one_generation(world, function, args, kwargs)
@@ -92,8 +92,8 @@ class Session:
                     return value  # type: ignore[return-value]  # it is the function's own value then
 
     def _next_world(self) -> wire.World:
-        if self._signal:
-            raise SystemExit(128 + self._signal)
+        if self._signal.number:
+            raise SystemExit(128 + self._signal.number)
         if self._control is None:
             return environment.read_world(self._generation + 1)
         limit = self.settings.membership.join_timeout_s + WORLD_LIMIT_MARGIN_S
@@ -116,7 +116,7 @@ class Session:
         try:
             if self._control is not None:
                 self._control.send(wire.Entered(world.generation))
-                self._control.enter(world.generation, groups.break_)
+                self._control.enter(world.generation, lambda: self._break(groups))
             world, agreement = self._enter(world, groups)
             job = Job(self, world, agreement, self._snapshots, dict(self._phases_s))
             value = function(job, *args, **kwargs)
@@ -151,16 +151,7 @@ class Session:
         else:
             groups.build_alone()
         connected = time.monotonic()
-        if self.run_dir is not None:
-            self._snapshots = Snapshots(
-                self.run_dir,
-                generation=world.generation,
-                rank=world.rank,
-                world_size=world.world_size,
-                settings=self.settings,
-                votes_group=groups.votes,
-                emit=self._emit,
-            )
+        self._open_snapshots(world, groups)
         if self._control is None:
             world = self._number_without_launcher(world, groups)
         stored = self._snapshots if self._snapshots is not None else Stored()
@@ -174,6 +165,21 @@ class Session:
         self._begin(world, agreement)
         return world, agreement
 
+    def _open_snapshots(self, world: wire.World, groups: Groups) -> None:
+        if self.run_dir is None:
+            return
+        self._snapshots = Snapshots(
+            self.run_dir,
+            generation=world.generation,
+            rank=world.rank,
+            world_size=world.world_size,
+            settings=self.settings,
+            votes_group=groups.votes,
+            emit=self._emit,
+        )
+        if self.why_broken(world.generation) is not None:
+            self._snapshots.broken()
+
     def _number_without_launcher(self, world: wire.World, groups: Groups) -> wire.World:
         """Without a launcher nobody seals generations: the next number after those on record."""
         if self._snapshots is None:
@@ -184,16 +190,9 @@ class Session:
         number = int(groups.store.get("number"))
         self._generation = number
         self._snapshots.close()
-        self._snapshots = Snapshots(
-            self._snapshots.run_dir,
-            generation=number,
-            rank=world.rank,
-            world_size=world.world_size,
-            settings=self.settings,
-            votes_group=groups.votes,
-            emit=self._emit,
-        )
-        return msgspec.structs.replace(world, generation=number)
+        world = msgspec.structs.replace(world, generation=number)
+        self._open_snapshots(world, groups)
+        return world
 
     def _held(self, world: wire.World) -> Held:
         whole = self.state.holds
@@ -293,6 +292,13 @@ class Session:
             return True
         return control.wait_broken(world.generation, max(GRACE_S_MIN, 3 * self.settings.membership.lease_s))
 
+    def _break(self, groups: Groups) -> None:
+        """On the control thread: free whoever waits in this generation."""
+        snapshots = self._snapshots
+        if snapshots is not None:
+            snapshots.broken()
+        groups.break_()
+
     def _unwind(self, job: Job | None, groups: Groups, started_at: float, failed_at: float) -> None:
         told_at = self._control.told_at() if self._control is not None else 0.0
         if self._control is not None:
@@ -320,8 +326,8 @@ class Session:
 
     def stop_signal(self) -> int | None:
         """The signal that asks us to stop, or None."""
-        if self._signal:
-            return self._signal
+        if self._signal.number:
+            return self._signal.number
         stop = self._control.stop if self._control is not None else None
         return stop.signal if stop is not None else None
 
@@ -374,22 +380,3 @@ class Session:
                     os.getpid(), state, self._generation, step, self._snapshot_step, self._loss, time.time()
                 )
             )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1, SIGUSR2 ask for an agreed stop; the second one acts as if we did not exist."""
-
-        def on_signal(number: int, _frame: object) -> None:
-            if self._signal:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self._signal = number
-            if self._control is not None and self._control.waiting:
-                raise SystemExit(128 + number)
-
-        before = {number: signal.signal(number, on_signal) for number in SIGNALS_STOP}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -6,6 +6,7 @@ snapshot that fails is an event; training goes on.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,6 +122,9 @@ class Snapshots(Stored):
         self._begun_step = -1
         self._last_step = 0
         self.committed_step = -1
+        self._broken = False
+        self._enough = threading.Event()
+        """Ends the wait under way."""
 
     # What the agreement needs.
 
@@ -196,11 +200,26 @@ class Snapshots(Stored):
         return self._handle
 
     def wait(self, limit_s: float) -> bool:
-        """True when the newest snapshot begun here is committed."""
-        if self._handle is not None:
-            self._handle.wait(limit_s)
+        """True when the newest snapshot begun here is committed. False after `limit_s`, and as soon as the
+        generation breaks: nobody waits for a disk when a peer is lost."""
+        handle = self._handle
+        if handle is not None and not handle.done():
+            self._enough = enough = threading.Event()
+
+            def watch() -> None:
+                handle.wait(limit_s)
+                enough.set()
+
+            threading.Thread(target=watch, name="autoglm-snapshot-wait", daemon=True).start()
+            if not self._broken:
+                enough.wait(limit_s)
         self.collect()
         return self._handle is None and self._begun_step >= 0 and self.committed_step == self._begun_step
+
+    def broken(self) -> None:
+        """From any thread: the generation is broken, nobody is to wait for a snapshot any more."""
+        self._broken = True
+        self._enough.set()
 
     def collect(self) -> None:
         """Note what became of the snapshot under way, if it is decided."""

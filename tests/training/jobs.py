@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -57,6 +58,27 @@ def main(name: str, args: dict[str, Any]) -> None:
     globals()[name](**args)
 
 
+def hold_snapshot(job: elastic.Job, *, until_leave: bool) -> None:
+    """Its votes do not go on until somebody waits for it."""
+    snapshots = job._snapshots
+    waited_for = threading.Event()
+    gather, wait = snapshots._votes.gather, snapshots.wait
+
+    def held_gather(payload: bytes) -> Any:
+        say(in_flight=True)
+        waited_for.wait()
+        return gather(payload)
+
+    def noticed_wait(limit_s: float) -> bool:
+        if snapshots.busy:
+            say(leaving=job.step)
+            if until_leave:
+                waited_for.set()
+        return wait(600.0)
+
+    snapshots._votes.gather, snapshots.wait = held_gather, noticed_wait
+
+
 class Regression(torch.utils.data.Dataset):
     """(index, x, y): deterministic."""
 
@@ -88,12 +110,14 @@ def train(
     paced: bool = False,
     epochs: int = 1000,
     far: bool = False,
+    held: str = "",
 ) -> None:
     """A small regression.
 
     `die`: {"rank", "step"}: that rank stops in the middle of that step of its first generation. `holds`:
     [generation, step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to
-    go on.
+    go on. `held`: the snapshot of the first generation stays in flight "until a leave" waits for it, or
+    "for good".
     """
     if far:
         move.place = lambda: [str(os.getpid())]  # as if every worker were on a host of its own
@@ -119,6 +143,8 @@ def train(
         if scheduler:
             tracked["scheduler"] = torch.optim.lr_scheduler.StepLR(optim, 2, gamma=0.7)
         job.track(**tracked)
+        if held and job.generation == 0:
+            hold_snapshot(job, until_leave=held == "until a leave")
         say(
             entered=entered,
             generation=job.generation,

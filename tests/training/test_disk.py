@@ -109,3 +109,37 @@ def test_a_snapshot_can_be_asked_for(zygote: Zygote, tmp_path: Path, run_dir: Pa
         cluster.start(2)
         cluster.wait_exits()
         assert [e["step"] for e in cluster.events("snapshot.committed")] == [4, 8]
+
+
+def test_a_planned_world_waits_for_the_snapshot_in_flight(
+    zygote: Zygote, tmp_path: Path, run_dir: Path
+) -> None:
+    args = {"steps": 12, "ask_at": 3, "holds": [[0, 5, -1]], "held": "until a leave"}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        cluster.wait_said(cluster.alive[0], in_flight=True)
+        cluster.wait_said(cluster.alive[0], waiting=5)
+        cluster.reform(add=1, planned=True)
+        cluster.say_go()
+        cluster.wait_exits()
+        committed = [(e["step"], e["generation"]) for e in cluster.events("snapshot.committed")]
+        assert committed == [(4, 0), (12, 1)]
+        assert cluster.events("snapshot.aborted") == []
+
+
+def test_a_death_waits_for_no_snapshot(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    """Also when it comes while a planned world waits for one."""
+    args = {"steps": 12, "ask_at": 3, "holds": [[0, 5, -1]], "held": "for good"}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(3)
+        cluster.wait_said(cluster.alive[0], in_flight=True)
+        cluster.wait_said(cluster.alive[0], waiting=5)
+        cluster.reform(add=1, planned=True)
+        cluster.say_go()
+        for worker in cluster.alive[:3]:
+            cluster.wait(lambda w=worker: any("leaving" in s for s in w.said), "leave")
+        cluster.kill(cluster.alive[2])
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert [e["step"] for e in cluster.events("snapshot.committed")] == [12]
+        assert len({r["digest"] for r in cluster.results()}) == 1
