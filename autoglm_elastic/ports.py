@@ -161,8 +161,9 @@ class PendingBlob(Protocol):
 
     def write(self, view: memoryview | bytes) -> None: ...
 
-    def publish(self, name: str) -> None:
-        """Durable and visible under `name`; an existing blob of that name is replaced (content names only)."""
+    def publish(self, name: str, head: bytes = b"") -> None:
+        """Durable and visible under `name`; an existing blob of that name is replaced (content names only).
+        `head`: the bytes that were left out at the beginning, exactly as many as `create` was told."""
 
     def discard(self) -> None:
         """Forget it; idempotent, never raises."""
@@ -174,7 +175,8 @@ class StreamBlobs(Blobs, Protocol):
     def open(self, name: str) -> BlobReader:
         """Raises FileNotFoundError."""
 
-    def create(self) -> PendingBlob: ...
+    def create(self, *, head: int = 0) -> PendingBlob:
+        """`head`: so many bytes at the beginning come last, with `publish`; what is written begins behind."""
 
     def point(self, name: str, target: str) -> None:
         """Let the name `name` show `target` to people (a symbolic link); a hint, nothing reads it back."""

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.dtypes import BY_NAME, DType
+from autoglm_elastic.catalog.format import Box
 from autoglm_elastic.errors import UsageError
-from autoglm_elastic.snapshot import limits
-from autoglm_elastic.snapshot.dtypes import BY_NAME, BY_TORCH, DType
-from autoglm_elastic.snapshot.format import Box
+from autoglm_elastic.snapshot.dtypes import BY_TORCH
 
 
 @dataclass(frozen=True, slots=True)

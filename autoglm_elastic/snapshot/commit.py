@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 import msgspec
 
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import tree
+from autoglm_elastic.catalog.decide import Decide, Request
+from autoglm_elastic.catalog.failpoints import Failpoints
+from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote
 from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.ports import StreamBlobs, Votes, VotesLost
-from autoglm_elastic.snapshot import format as fmt
-from autoglm_elastic.snapshot import limits
-from autoglm_elastic.snapshot.catalog import Catalog
-from autoglm_elastic.snapshot.decide import Decide, Request
-from autoglm_elastic.snapshot.failpoints import Failpoints
 from autoglm_elastic.snapshot.stage import Staged
 from autoglm_elastic.snapshot.write import Prepare
 
@@ -41,7 +41,13 @@ class _Ballot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-class _Ruling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="wanted"):
+    """Rank 0 asks these ranks for their structures before it decides."""
+
+    ranks: tuple[int, ...]
+
+
+class _Ruling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ruling"):
     step: int
     generation: int
     verdict: str
@@ -118,12 +124,11 @@ class Commit:
     def _write_packs(self) -> None:
         if isinstance(self._staged, ElasticError):
             raise self._staged
-        leads = self._votes.rank == 0
         try:
-            if leads and self._snapshot.entry in self._catalog.names():
+            if self._votes.rank == 0 and self._snapshot.entry in self._catalog.names():
                 self._fail(f"snapshot {self._snapshot.entry} is already in the catalog")
                 return
-            prepared = fmt.encode(self._prepare.write(self._staged, list_all=leads))
+            prepared = fmt.encode(self._prepare.write(self._staged, self._votes.rank))
         except ElasticError as error:
             self._fail(str(error))
             return
@@ -131,9 +136,6 @@ class Commit:
             self._fail(f"{type(error).__name__}: {error}")
             return
         self._failpoint("packs_written")
-        if len(prepared) > limits.VOTE_BYTES_MAX:
-            self._fail(f"a chunk table of {len(prepared)} bytes; at most {limits.VOTE_BYTES_MAX}")
-            return
         self._events.append(core.Written(self._snapshot, True, prepared))
 
     def _vote(self, effect: core.SendVote) -> None:
@@ -148,7 +150,7 @@ class Commit:
                 return
             self._votes.gather(ballot)
             self._failpoint("vote_sent")
-            ruling = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling)
+            ruling = self._await_ruling()
             theirs = Snapshot(ruling.step, ruling.generation)
             if theirs == snapshot:
                 self._ruling = (Verdict(ruling.verdict), ruling.reason)
@@ -160,13 +162,53 @@ class Commit:
             self._detail = str(error)
             self._events.append(core.PeerLost(str(error)))
 
+    def _await_ruling(self) -> _Ruling:
+        """The ruling, after giving this rank's structure if rank 0 wants it. Raises VotesLost."""
+        message = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling | _Wanted)
+        if isinstance(message, _Wanted):
+            answer = b""
+            if self._votes.rank in message.ranks and isinstance(self._staged, Staged):
+                answer = fmt.encode(self._staged.structure)
+            self._votes.gather(answer)
+            message = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling)
+        return message
+
+    def _structures(self, heard: list[core.VoteFrom]) -> dict[str, fmt.Structure]:
+        """By digest, of all ranks that are prepared; asks those that know another one than we. Raises
+        VotesLost."""
+        votes = {
+            vote.rank: fmt.decode(vote.payload, fmt.Prepared, f"the vote of rank {vote.rank}")
+            for vote in heard
+            if vote.vote is Vote.PREPARED
+        }
+        known = {}
+        if isinstance(self._staged, Staged):
+            known[self._staged.digest] = self._staged.structure
+        missing: dict[str, int] = {}
+        for rank in sorted(votes):
+            if votes[rank].structure not in known:
+                missing.setdefault(votes[rank].structure, rank)
+        if missing and len(votes) == self._votes.world_size:
+            wanted = tuple(missing.values())
+            self._votes.broadcast(msgspec.json.encode(_Wanted(wanted)))
+            answers = self._votes.gather(b"") or []
+            for rank in wanted:
+                where = f"the structure of rank {rank}"
+                structure = fmt.decode(answers[rank], fmt.Structure, where)
+                tree.check(structure.tree, structure.tensors, where)
+                known[votes[rank].structure] = structure
+        return known
+
     def _coordinate(self, own: bytes) -> None:
         heard: list[core.VoteFrom | core.PeerLost]
+        structures: dict[str, fmt.Structure] = {}
         try:
             ballots = self._votes.gather(own) or []
             self._failpoint("votes_gathered")
-            heard = [self._ballot(rank, ballot) for rank, ballot in enumerate(ballots)]
-        except (VotesLost, msgspec.MsgspecError, ValueError) as error:
+            votes = [self._ballot(rank, ballot) for rank, ballot in enumerate(ballots)]
+            structures = self._structures(votes)
+            heard = [*votes]
+        except (VotesLost, ElasticError, msgspec.MsgspecError, ValueError) as error:
             heard = [core.PeerLost(str(error))]
         decide = Decide(
             self._blobs,
@@ -176,7 +218,7 @@ class Commit:
             failpoint=self._failpoint,
             wall=self._wall,
         )
-        decide.run(self._votes.world_size, heard)
+        decide.run(self._votes.world_size, heard, structures)
         self.nbytes = decide.nbytes
 
     def _ballot(self, rank: int, ballot: bytes) -> core.VoteFrom:

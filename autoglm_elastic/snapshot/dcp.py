@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -38,23 +39,32 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from autoglm_elastic.catalog import failpoints, limits, tree
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog.decide import Decide, Request
+from autoglm_elastic.catalog.index import Catalog
+from autoglm_elastic.catalog.merge import merge, structure_digest
+from autoglm_elastic.catalog.opened import OpenPacks
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
-from autoglm_elastic.snapshot import failpoints, limits, tree
-from autoglm_elastic.snapshot import format as fmt
 from autoglm_elastic.snapshot.boxes import placed
-from autoglm_elastic.snapshot.catalog import Catalog
-from autoglm_elastic.snapshot.decide import Decide, Request
-from autoglm_elastic.snapshot.dtypes import BY_NAME
+from autoglm_elastic.snapshot.dtypes import torch_dtype, versions
+from autoglm_elastic.snapshot.encode import encode
 from autoglm_elastic.snapshot.layout import Layout, parts_of
-from autoglm_elastic.snapshot.merge import merge
-from autoglm_elastic.snapshot.read import Target, check_packs, read_tensors
+from autoglm_elastic.snapshot.read import Target, read_tensors
 from autoglm_elastic.snapshot.stage import Arena
 from autoglm_elastic.snapshot.write import Prepare
 from autoglm_elastic.storage import LocalBlobs
 
 _PathLike = str | os.PathLike[str]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rank tells the coordinator, as bytes in its write results."""
+
+    prepared: fmt.Prepared
+    structure: fmt.Structure
 
 
 class SafetensorsWriter(StorageWriter):
@@ -79,6 +89,7 @@ class SafetensorsWriter(StorageWriter):
         self.checkpoint_id: _PathLike | None = path
         self._step, self._generation = step, generation
         self._metrics, self._tags = dict(metrics or {}), tuple(tags)
+        self._rank = 0
         self.entry: str | None = None
         """The name of the snapshot that was committed last; on the coordinator."""
 
@@ -87,7 +98,9 @@ class SafetensorsWriter(StorageWriter):
             self.checkpoint_id = checkpoint_id
         self.entry = None
 
-    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:
+        # torch gives the rank only to a parameter of exactly this name.
+        self._rank = int(kwargs.get("rank") or 0)
         _blobs(self.checkpoint_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -106,7 +119,8 @@ class SafetensorsWriter(StorageWriter):
                 self._lay_out_tensor(item, planner, layout)
         prepare = Prepare.begin(_blobs(self.checkpoint_id), failpoints.none)
         try:
-            table = fmt.encode(prepare.write(Arena().stage(layout), list_all=False))
+            staged = Arena().stage(layout)
+            table = fmt.encode(_Table(prepare.write(staged, self._rank), staged.structure))
         except BaseException:
             prepare.discard()
             raise
@@ -131,7 +145,7 @@ class SafetensorsWriter(StorageWriter):
                 f"the plan says that a part of {name} is {list(box[1])}, but it is {list(where.shape)}",
                 do="turn the planner's plan caching off",
             )
-        layout.shapes[name] = (where.dtype.name, shape)
+        layout.shapes[name] = fmt.Tensor(where.dtype.name, shape)
         layout.parts.extend(parts_of(name, where.dtype, shape, box, where.local))
 
     def _lay_out_value(self, item: WriteItem, planner: SavePlanner, layout: Layout) -> None:
@@ -144,11 +158,11 @@ class SafetensorsWriter(StorageWriter):
         def name_array(path: tree.Path, array: torch.Tensor) -> str:
             where = placed(array, tree.path_name(path))
             inner = tree.path_name(path)
-            layout.shapes[inner] = (where.dtype.name, where.shape)
+            layout.shapes[inner] = fmt.Tensor(where.dtype.name, where.shape)
             layout.parts.extend(parts_of(inner, where.dtype, where.shape, where.box, where.local))
             return inner
 
-        layout.tree[name] = tree.encode(planner.lookup_object(item.index), (name,), name_array)
+        layout.tree[name] = encode(planner.lookup_object(item.index), (name,), name_array)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator: manifest, catalog entry (the commit), hints. Raises PlatformError when not
@@ -166,12 +180,21 @@ class SafetensorsWriter(StorageWriter):
         decide = Decide(
             blobs,
             catalog,
-            Request(snapshot, "full", self._metrics, self._tags, world_size=len(results)),
+            Request(
+                snapshot,
+                "full",
+                self._metrics,
+                self._tags,
+                world_size=len(results),
+                environment=versions(),
+            ),
             announce=lambda verdict, reason: ruling.append((verdict, reason)),
             failpoint=failpoints.none,
             wall=SystemClock().wall,
         )
-        decide.run(1, [VoteFrom(0, snapshot, Vote.PREPARED, fmt.encode(whole))])
+        prepared, structure = whole
+        votes = [VoteFrom(0, snapshot, Vote.PREPARED, fmt.encode(prepared))]
+        decide.run(1, votes, {prepared.structure: structure})
         if not ruling or ruling[0][0] is not Verdict.COMMIT:
             reason = ruling[0][1] if ruling else "undecided"
             raise PlatformError(f"snapshot {snapshot.entry} was not committed: {reason}")
@@ -179,19 +202,19 @@ class SafetensorsWriter(StorageWriter):
 
     def _whole(
         self, metadata: Metadata, results: list[list[WriteResult]], snapshot: Snapshot
-    ) -> fmt.Prepared:
+    ) -> tuple[fmt.Prepared, fmt.Structure]:
         """The ranks' tables as one, with the state's structure as the planner knows it."""
         tables = [row.storage_data for rows in results for row in rows if row.storage_data is not None]
         if len(tables) > limits.TENSORS_MAX or not all(isinstance(table, bytes) for table in tables):
             raise CorruptSnapshot("a rank's write results have the wrong form")
-        prepared = [
-            fmt.decode(table, fmt.Prepared, f"the table of rank {rank}") for rank, table in enumerate(tables)
-        ]
+        ranks = [fmt.decode(table, _Table, f"the table of rank {rank}") for rank, table in enumerate(tables)]
         merged = merge(
-            prepared,
+            [table.prepared for table in ranks],
+            {table.prepared.structure: table.structure for table in ranks},
             step=snapshot.step,
             generation=snapshot.generation,
             world_size=len(results),
+            environment=versions(),
             config_digest=None,
         )
         values: dict[str, Any] = merged.tree or {}
@@ -203,7 +226,9 @@ class SafetensorsWriter(StorageWriter):
             nodes[name] = {"$": "tensor", "v": name} if written is merged.tensors else values[name]
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
         structure = _structure({tuple(paths.get(name, (name,))): node for name, node in nodes.items()})
-        return fmt.Prepared(packs=merged.packs, tensors=merged.tensors, tree=structure)
+        whole = fmt.Structure(tensors=merged.tensors, tree=structure)
+        cover = sum(table.prepared.cover for table in ranks) % (1 << 64)
+        return fmt.Prepared(packs=merged.packs, structure=structure_digest(whole), cover=cover), whole
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: _PathLike) -> bool:
@@ -231,16 +256,21 @@ class SafetensorsReader(StorageReader):
         self._entry = self._manifest = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        catalog = Catalog(_blobs(self.checkpoint_id))
+        blobs = _blobs(self.checkpoint_id)
+        catalog = Catalog(blobs)
         entry = catalog.entry(self._wanted) if self._wanted else catalog.newest()
         if entry is None:
             raise UsageError(f"{self.checkpoint_id} has no snapshot", do="save one first")
         manifest = catalog.manifest(entry)
         self._entry, self._manifest = entry, manifest
+        with OpenPacks(blobs, manifest) as opened:
+            chunks = opened.all_chunks()
         paths = {tree.path_name(path): (path, node) for path, node in tree.leaves(manifest.tree)}
         self._nodes = {name: node for name, (_, node) in paths.items()}
         return Metadata(
-            state_dict_metadata={name: _storage(manifest, node) for name, node in self._nodes.items()},
+            state_dict_metadata={
+                name: _storage(manifest, chunks, node) for name, node in self._nodes.items()
+            },
             planner_data={name: path for name, (path, _) in paths.items()},
         )
 
@@ -273,7 +303,7 @@ class SafetensorsReader(StorageReader):
             box = (_sum(item.storage_index, item.storage_offsets), tuple(item.lengths))
             wanted = planner.resolve_tensor(item)
             local = wanted.detach()
-            stored = BY_NAME[manifest.tensors[name].dtype].torch
+            stored = torch_dtype(manifest.tensors[name].dtype)
             if local.dtype != stored:
                 local = torch.empty(box[1], dtype=stored)
             targets.append(Target(name, box, local))
@@ -300,9 +330,8 @@ class SafetensorsReader(StorageReader):
         _, manifest = self._opened()
 
         def array(stored: str) -> Any:
-            check_packs(_blobs(self.checkpoint_id), manifest, [stored])
             tensor = manifest.tensors[stored]
-            fresh = torch.empty(tensor.shape, dtype=BY_NAME[tensor.dtype].torch)
+            fresh = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
             targets.append(Target(stored, ((0,) * len(tensor.shape), tensor.shape), fresh))
             return fresh.numpy()
 
@@ -323,14 +352,19 @@ def _sum(index: MetadataIndex, offsets: Iterable[int]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(index.offset or (), offsets, strict=True))
 
 
-def _storage(manifest: fmt.Manifest, node: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _storage(
+    manifest: fmt.Manifest, chunks: Mapping[str, Sequence[fmt.Chunk]], node: Any
+) -> TensorStorageMetadata | BytesStorageMetadata:
     if tree.code_of(node) != "tensor":
         return BytesStorageMetadata()
     tensor = manifest.tensors[node["v"]]
     return TensorStorageMetadata(
-        TensorProperties(dtype=BY_NAME[tensor.dtype].torch),
+        TensorProperties(dtype=torch_dtype(tensor.dtype)),
         torch.Size(tensor.shape),
-        [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks],
+        [
+            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+            for chunk in chunks[node["v"]]
+        ],
     )
 
 

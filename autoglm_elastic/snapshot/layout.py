@@ -8,19 +8,24 @@ is small. The coordinator checks afterwards that the parts cover every tensor ex
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from autoglm_elastic.catalog import limits, tree
+from autoglm_elastic.catalog.dtypes import DType
+from autoglm_elastic.catalog.format import Box, Structure, Tensor, cover, elements
 from autoglm_elastic.core.split import even
 from autoglm_elastic.errors import UsageError
-from autoglm_elastic.snapshot import limits, tree
 from autoglm_elastic.snapshot.boxes import Placed, part, placed, split
-from autoglm_elastic.snapshot.dtypes import DType
-from autoglm_elastic.snapshot.format import Box
+from autoglm_elastic.snapshot.encode import encode
+
+_LIKE_A_PART: Final = re.compile(r"@[0-9,]*$")
+"""A name that ends like this could be taken for a part of another tensor in a pack's header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,14 @@ class Layout:
     """`shapes` names every tensor that this rank knows of, whether it writes a part of it or not."""
 
     parts: list[Part] = field(default_factory=list)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    shapes: dict[str, Tensor] = field(default_factory=dict)
     tree: Any = None
+
+    def structure(self) -> Structure:
+        return Structure(tensors=self.shapes, tree=self.tree)
+
+    def cover(self) -> int:
+        return cover((part.name, elements(part.box[1])) for part in self.parts)
 
 
 def lay_out(state: Mapping[str, Any], rank: int, world_size: int) -> Layout:
@@ -59,7 +70,7 @@ def lay_out(state: Mapping[str, Any], rank: int, world_size: int) -> Layout:
             return aliases[key]
         name = _free_name(tree.path_name(path) or "value", layout.shapes)
         where = placed(tensor, name)
-        layout.shapes[name] = (where.dtype.name, where.shape)
+        layout.shapes[name] = Tensor(where.dtype.name, where.shape)
         if len(layout.shapes) > limits.TENSORS_MAX:
             raise UsageError("the state has too many tensors", valid=f"at most {limits.TENSORS_MAX}")
         if key is not None:
@@ -67,7 +78,7 @@ def lay_out(state: Mapping[str, Any], rank: int, world_size: int) -> Layout:
         layout.parts.extend(_own_parts(name, where, rank, world_size))
         return name
 
-    layout.tree = tree.encode(state, (), name_tensor)
+    layout.tree = encode(state, (), name_tensor)
     return layout
 
 
@@ -102,7 +113,7 @@ def _free_name(name: str, taken: Mapping[str, object]) -> str:
     if len(name.encode()) > limits.NAME_BYTES_MAX or "\0" in name or name == "__metadata__":
         raise UsageError(f"tensor name {name[:80]!r}", valid=f"at most {limits.NAME_BYTES_MAX} bytes, no NUL")
     free, number = name, 1
-    while free in taken:
+    while free in taken or _LIKE_A_PART.search(free):
         number += 1
         free = f"{name}#{number}"
     return free

@@ -7,7 +7,6 @@ partly overwritten."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,13 +14,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from autoglm_elastic.catalog import tree
+from autoglm_elastic.catalog.format import Manifest
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import StreamBlobs
-from autoglm_elastic.snapshot import tree
 from autoglm_elastic.snapshot.boxes import placed
-from autoglm_elastic.snapshot.dtypes import BY_NAME
-from autoglm_elastic.snapshot.format import Manifest
-from autoglm_elastic.snapshot.read import Target, check_packs, read_tensors
+from autoglm_elastic.snapshot.dtypes import torch_dtype
+from autoglm_elastic.snapshot.read import Target, read_tensors
 
 Finish = Callable[[], Any]
 """Called after the tensors were read; returns what belongs in the target's place."""
@@ -110,7 +109,7 @@ class _Loader:
         stored = self._manifest.tensors[node["v"]]
         if target.flags.writeable and target.flags.c_contiguous and target.shape == stored.shape:
             whole = torch.from_numpy(target)
-            if whole.dtype == BY_NAME[stored.dtype].torch:
+            if whole.dtype == torch_dtype(stored.dtype):
                 self.targets.append(Target(node["v"], ((0,) * target.ndim, stored.shape), whole))
                 return lambda: target
         return self._take(node)
@@ -187,12 +186,7 @@ class _Loader:
         def tensor(name: str) -> torch.Tensor:
             if name not in fresh:
                 stored = self._manifest.tensors[name]
-                check_packs(self._blobs, self._manifest, [name])
-                if math.prod(stored.shape) * BY_NAME[stored.dtype].nbytes > sum(
-                    pack.nbytes for pack in self._manifest.packs
-                ):
-                    raise UsageError(f"tensor {name} is larger than all packs of the snapshot")
-                fresh[name] = torch.empty(stored.shape, dtype=BY_NAME[stored.dtype].torch)
+                fresh[name] = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
                 self.targets.append(Target(name, ((0,) * len(stored.shape), stored.shape), fresh[name]))
             return fresh[name]
 

@@ -13,21 +13,22 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
+from autoglm_elastic.catalog import failpoints, limits
+from autoglm_elastic.catalog.decide import Request
+from autoglm_elastic.catalog.failpoints import Failpoints
+from autoglm_elastic.catalog.format import CatalogEntry
+from autoglm_elastic.catalog.index import Catalog, OnEvent, no_event
+from autoglm_elastic.catalog.verify import Problem, verify
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
-from autoglm_elastic.snapshot import failpoints, limits
-from autoglm_elastic.snapshot.catalog import Catalog, OnEvent, no_event
 from autoglm_elastic.snapshot.commit import Commit, SaveResult
-from autoglm_elastic.snapshot.decide import Request
-from autoglm_elastic.snapshot.failpoints import Failpoints
-from autoglm_elastic.snapshot.format import CatalogEntry
+from autoglm_elastic.snapshot.dtypes import versions
 from autoglm_elastic.snapshot.layout import lay_out
 from autoglm_elastic.snapshot.load import LoadReport, load_into
 from autoglm_elastic.snapshot.stage import Arena, Staged
-from autoglm_elastic.snapshot.verify import Problem, verify
 from autoglm_elastic.snapshot.votes import SingleVotes
 from autoglm_elastic.storage import LocalBlobs
 
@@ -168,6 +169,7 @@ class CheckpointManager:
             {key: float(number) for key, number in (metrics or {}).items() if math.isfinite(number)},
             tuple(tags),
             config_digest,
+            environment=versions(),
         )
         with self._changed:
             self._job = _Job(request, staged, handle, began, monotonic() - began)

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.format import Box, Chunk, Manifest, cover_problem, overlap
+from autoglm_elastic.catalog.opened import OpenPacks
+from autoglm_elastic.catalog.packs import digest
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError
 from autoglm_elastic.ports import BlobReader, StreamBlobs
-from autoglm_elastic.snapshot import limits
 from autoglm_elastic.snapshot.boxes import part
-from autoglm_elastic.snapshot.dtypes import BY_NAME
-from autoglm_elastic.snapshot.format import Box, Chunk, Manifest, chunk_nbytes, overlap, pack_path
-from autoglm_elastic.snapshot.packs import digest
+from autoglm_elastic.snapshot.dtypes import torch_dtype
 from autoglm_elastic.snapshot.stage import memory_of
 
 READ_S: Final = 3600.0
@@ -46,73 +47,48 @@ class _Job:
     pieces: tuple[tuple[Target, Box], ...]
 
 
-class PackReaders:
-    """The packs of a manifest, opened when first wanted, at most once each; sizes are checked against the
-    manifest."""
-
-    def __init__(self, blobs: StreamBlobs, manifest: Manifest) -> None:
-        self._blobs, self._packs = blobs, manifest.packs
-        self._open: dict[int, BlobReader] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> PackReaders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            for reader in self._open.values():
-                reader.close()
-            self._open.clear()
-
-    def __getitem__(self, number: int) -> BlobReader:
-        """Raises CorruptSnapshot for a pack that is missing or has another size."""
-        with self._lock:
-            if number not in self._open:
-                pack = self._packs[number]
-                name = pack_path(pack.sha256)
-                try:
-                    reader = self._blobs.open(name)
-                except FileNotFoundError as error:
-                    raise CorruptSnapshot(f"{name} is missing") from error
-                if reader.nbytes != pack.nbytes:
-                    reader.close()
-                    raise CorruptSnapshot(f"{name} has {reader.nbytes} bytes", valid=f"{pack.nbytes} bytes")
-                self._open[number] = reader
-            return self._open[number]
-
-
 def read_tensors(blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Target]) -> int:
     """Fills every target. Returns the bytes read. Raises CorruptSnapshot for the first chunk that does not
     verify; targets are partly overwritten then."""
-    jobs = _jobs(manifest, targets)
-    with PackReaders(blobs, manifest) as readers, torch.no_grad():
-        for number in sorted({job.chunk.pack for job in jobs}):
-            readers[number]
+    with OpenPacks(blobs, manifest) as opened, torch.no_grad():
+        jobs = _jobs(opened, manifest, targets)
         threads = min(limits.READ_THREADS_MAX, os.cpu_count() or 1, len(jobs))
         if threads < 2:
             for job in jobs:
-                _run(readers, job)
+                _run(opened, job)
         else:
-            _run_all(readers, jobs, threads)
-    return sum(chunk_nbytes(job.dtype, job.chunk.sizes) for job in jobs)
+            _run_all(opened, jobs, threads)
+    return sum(job.chunk.nbytes for job in jobs)
 
 
-def _jobs(manifest: Manifest, targets: Iterable[Target]) -> list[_Job]:
+def _jobs(opened: OpenPacks, manifest: Manifest, targets: Iterable[Target]) -> list[_Job]:
+    """Raises CorruptSnapshot where the stored chunks do not cover a target exactly once."""
     wanted: dict[str, list[Target]] = {}
     for target in targets:
         wanted.setdefault(target.name, []).append(target)
+    stored = opened.all_chunks() if wanted else {}
     jobs = []
     for name, group in wanted.items():
-        tensor = manifest.tensors[name]
-        for chunk in tensor.chunks:
+        covered: list[list[Box]] = [[] for _ in group]
+        for chunk in stored[name]:
             box = (chunk.offsets, chunk.sizes)
-            pieces = tuple((target, common) for target in group if (common := overlap(target.box, box)))
+            pieces = []
+            for number, target in enumerate(group):
+                common = overlap(target.box, box)
+                if common:
+                    pieces.append((target, common))
+                    inside = tuple(a - b for a, b in zip(common[0], target.box[0], strict=True))
+                    covered[number].append((inside, common[1]))
             if pieces:
-                jobs.append(_Job(name, tensor.dtype, chunk, pieces))
+                jobs.append(_Job(name, manifest.tensors[name].dtype, chunk, tuple(pieces)))
+        for target, boxes in zip(group, covered, strict=True):
+            problem = cover_problem(target.box[1], boxes)
+            if problem:
+                raise CorruptSnapshot(f"tensor {name}: {problem}")
     return sorted(jobs, key=lambda job: (job.chunk.pack, job.chunk.begin))
 
 
-def _run_all(readers: PackReaders, jobs: Sequence[_Job], threads: int) -> None:
+def _run_all(opened: OpenPacks, jobs: Sequence[_Job], threads: int) -> None:
     """Contiguous runs of jobs to the threads in turn, so that a few large and many small ones both spread."""
     stop = threading.Event()
     cursor = iter(jobs)
@@ -127,7 +103,7 @@ def _run_all(readers: PackReaders, jobs: Sequence[_Job], threads: int) -> None:
                     if not batch:
                         return
                     for job in batch:
-                        _run(readers, job)
+                        _run(opened, job)
         except BaseException:
             stop.set()
             raise
@@ -143,9 +119,9 @@ def _run_all(readers: PackReaders, jobs: Sequence[_Job], threads: int) -> None:
             future.result(timeout=0)
 
 
-def _run(readers: PackReaders, job: _Job) -> None:
-    chunk, reader = job.chunk, readers[job.chunk.pack]
-    nbytes = chunk_nbytes(job.dtype, chunk.sizes)
+def _run(opened: OpenPacks, job: _Job) -> None:
+    chunk, reader = job.chunk, opened.reader(job.chunk.pack)
+    nbytes = chunk.nbytes
     box = (chunk.offsets, chunk.sizes)
     if len(job.pieces) == 1 and job.pieces[0][1] == box:
         target = job.pieces[0][0]
@@ -164,7 +140,7 @@ def _run(readers: PackReaders, job: _Job) -> None:
         )
     raw = torch.empty(nbytes, dtype=torch.uint8)
     read_chunk(reader, job.name, chunk, memory_of(raw))
-    source = raw.view(BY_NAME[job.dtype].torch).view(chunk.sizes)
+    source = raw.view(torch_dtype(job.dtype)).view(chunk.sizes)
     for target, common in job.pieces:
         part(target.local, target.box, common).copy_(part(source, box, common))
 
@@ -174,11 +150,3 @@ def read_chunk(reader: BlobReader, name: str, chunk: Chunk, view: memoryview) ->
     reader.read_into(chunk.begin, view)
     if digest(view) != chunk.xxh3:
         raise CorruptSnapshot(f"{reader.name}: tensor {name} at {list(chunk.offsets)}: its digest differs")
-
-
-def check_packs(blobs: StreamBlobs, manifest: Manifest, names: Mapping[str, object] | Iterable[str]) -> None:
-    """The packs of these tensors are there and of the right size: before memory of their declared size is
-    allocated."""
-    with PackReaders(blobs, manifest) as readers:
-        for number in sorted({chunk.pack for name in names for chunk in manifest.tensors[name].chunks}):
-            readers[number]

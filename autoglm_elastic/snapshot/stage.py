@@ -12,8 +12,10 @@ from typing import Any, Final
 
 import torch
 
-from autoglm_elastic.snapshot.layout import Layout
-from autoglm_elastic.snapshot.packs import PackPlan, plan_packs
+from autoglm_elastic.catalog.format import Structure
+from autoglm_elastic.catalog.merge import structure_digest
+from autoglm_elastic.catalog.packs import PackPlan, plan_packs
+from autoglm_elastic.snapshot.layout import Layout, Part
 
 _ALIGNMENT: Final = 64
 
@@ -22,10 +24,12 @@ _ALIGNMENT: Final = 64
 class Staged:
     """One rank's copy. `data[i]` are the bytes of `plans[i]`; valid until its arena is staged into again."""
 
-    plans: tuple[PackPlan, ...]
+    plans: tuple[PackPlan[Part], ...]
     data: tuple[memoryview, ...]
-    shapes: dict[str, tuple[str, tuple[int, ...]]]
-    tree: Any
+    structure: Structure
+    digest: str
+    """structure_digest of `structure`."""
+    cover: int
     nbytes: int
 
 
@@ -55,7 +59,15 @@ class Arena:
                         copy_bits(raw, part.source, part.box[1])
         whole = memory_of(self._memory)
         data = tuple(whole[base : base + plan.nbytes] for plan, base in zip(plans, bases, strict=True))
-        return Staged(tuple(plans), data, layout.shapes, layout.tree, sum(plan.nbytes for plan in plans))
+        structure = layout.structure()
+        return Staged(
+            tuple(plans),
+            data,
+            structure,
+            structure_digest(structure),
+            layout.cover(),
+            sum(plan.nbytes for plan in plans),
+        )
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from autoglm_elastic.catalog import limits
 from autoglm_elastic.ports import Votes, VotesLost
-from autoglm_elastic.snapshot import limits
 
 _TAG_BASE: Final = 0x0A00
 """Keeps our tags away from those of a user who sends over the same group."""

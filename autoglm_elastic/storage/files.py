@@ -17,8 +17,8 @@ class Files:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def write(self, fd: int, view: memoryview) -> int:
-        return os.write(fd, view)
+    def write(self, fd: int, view: memoryview, offset: int) -> int:
+        return os.pwrite(fd, view, offset)
 
     def read_into(self, fd: int, view: memoryview, offset: int) -> int:
         return os.preadv(fd, [view], offset)

@@ -100,9 +100,11 @@ class LocalReader:
 class LocalPending:
     """A file under a temporary name (ports.PendingBlob)."""
 
-    def __init__(self, blobs: LocalBlobs) -> None:
+    def __init__(self, blobs: LocalBlobs, head: int = 0) -> None:
         self._blobs = blobs
         self._files = blobs.files
+        self._head = head
+        self._at = head
         self.path = blobs.temporary_path()
         try:
             self._fd = self._files.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -114,10 +116,11 @@ class LocalPending:
         done = 0
         try:
             while done < data.nbytes:
-                done += self._files.write(self._fd, data[done : done + WRITE_BYTES])
+                done += self._files.write(self._fd, data[done : done + WRITE_BYTES], self._at + done)
         except OSError as error:
             self.discard()
             raise platform_error(error, "writing", self.path) from error
+        self._at += data.nbytes
 
     def sync(self) -> None:
         """Data durable, file closed. Raises SyncFailed; the file is gone then."""
@@ -129,8 +132,12 @@ class LocalPending:
         fd, self._fd = self._fd, -1
         self._files.close(fd)
 
-    def publish(self, name: str) -> None:
+    def publish(self, name: str, head: bytes = b"") -> None:
+        if len(head) != self._head:
+            raise UsageError(f"a head of {len(head)} bytes", valid=f"{self._head}, as announced")
         target = self._blobs.path(name)
+        self._at = 0
+        self.write(head)
         self.sync()
         try:
             self._blobs.ensure_parent(name)
@@ -269,8 +276,8 @@ class LocalBlobs:
                     raise
         raise ElasticError("no attempt was made to write a blob")
 
-    def create(self) -> LocalPending:
-        return LocalPending(self)
+    def create(self, *, head: int = 0) -> LocalPending:
+        return LocalPending(self, head)
 
     def put_if_absent(self, name: str, data: bytes) -> Outcome:
         """OK, CONFLICT, or UNKNOWN when the name may be there but not durably: read to settle it."""

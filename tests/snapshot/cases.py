@@ -17,12 +17,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from autoglm_elastic.catalog import limits
 from autoglm_elastic.snapshot import (
     CheckpointManager,
     GroupVotes,
     SafetensorsReader,
     SafetensorsWriter,
-    limits,
 )
 
 WAIT_S = 30.0

@@ -24,16 +24,28 @@ SAMPLE = 24
 @dataclass
 class Inode:
     safe: bytes = b""
-    unsafe: list[bytes] = field(default_factory=list)
+    unsafe: list[tuple[int, bytes]] = field(default_factory=list)
     link: str | None = None
 
     def versions(self) -> list[bytes]:
         """What its bytes may be after a crash."""
         if not self.unsafe:
             return [self.safe]
-        whole = self.safe + b"".join(self.unsafe)
-        torn = self.safe + b"".join(self.unsafe[:-1]) + self.unsafe[-1][: len(self.unsafe[-1]) // 2]
-        return [whole, torn, self.safe]
+        *before, (offset, data) = self.unsafe
+        torn = (offset, data[: len(data) // 2])
+        kept = (self.unsafe, [*before, torn], self.unsafe[-1:], [])
+        return [_written(self.safe, writes) for writes in kept]
+
+    def sync(self) -> None:
+        self.safe, self.unsafe = _written(self.safe, self.unsafe), []
+
+
+def _written(data: bytes, writes: list[tuple[int, bytes]]) -> bytes:
+    image = bytearray(data)
+    for offset, piece in writes:
+        image.extend(bytes(max(0, offset + len(piece) - len(image))))
+        image[offset : offset + len(piece)] = piece
+    return bytes(image)
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,9 @@ class Recorder(Files):
         self._files.pop(fd, None)
         super().close(fd)
 
-    def write(self, fd: int, view: memoryview) -> int:
-        count = super().write(fd, view)
-        self.log.append(("write", self._files[fd], bytes(view[:count])))
+    def write(self, fd: int, view: memoryview, offset: int) -> int:
+        count = super().write(fd, view, offset)
+        self.log.append(("write", self._files[fd], offset, bytes(view[:count])))
         return count
 
     def fsync(self, fd: int) -> None:
@@ -146,10 +158,9 @@ def _after(log: list[tuple[Any, ...]], root: str, rng: random.Random) -> Iterato
                 inodes[rest[1]] = Inode()
                 now[rest[0]] = rest[1]
             case "write":
-                inodes[rest[0]].unsafe.append(rest[1])
+                inodes[rest[0]].unsafe.append((rest[1], rest[2]))
             case "fsync":
-                inode = inodes[rest[0]]
-                inode.safe, inode.unsafe = inode.safe + b"".join(inode.unsafe), []
+                inodes[rest[0]].sync()
             case "rename" | "link":
                 source, target = rest
                 now[target] = now[source]

@@ -17,11 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.packs import parse_head, read_head
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, UsageError
-from autoglm_elastic.snapshot import CheckpointManager, limits
-from autoglm_elastic.snapshot import format as fmt
-from autoglm_elastic.snapshot.packs import read_header
+from autoglm_elastic.snapshot import CheckpointManager
 from autoglm_elastic.storage import LocalBlobs
 
 WAIT_S = 60.0
@@ -181,24 +182,19 @@ def change(*path: str | int, to: Any) -> Change:
     return apply
 
 
-CHUNK = ("tensors", "a", "chunks", 0)
 HOSTILE: dict[str, Change] = {
     "unknown field": change("extra", to=1),
     "no dtype": change("tensors", "a", "dtype", to="object"),
-    "dtype of another size": change("tensors", "a", "dtype", to="float64"),
     "huge shape": change("tensors", "a", "shape", to=[1 << 50, 1 << 50]),
     "shape beyond 64 bits": change("tensors", "a", "shape", to=[1 << 70, 1]),
     "negative extent": change("tensors", "a", "shape", to=[-2, -3]),
     "too many dimensions": change("tensors", "a", "shape", to=[1] * 1000),
     "shape as text": change("tensors", "a", "shape", to="23"),
-    "hole": change("tensors", "a", "chunks", to=[]),
-    "chunk outside": change(*CHUNK, "offsets", to=[1, 0]),
-    "negative offset": change(*CHUNK, "offsets", to=[-1, 0]),
-    "pack out of range": change(*CHUNK, "pack", to=5),
-    "negative pack": change(*CHUNK, "pack", to=-1),
-    "before the data": change(*CHUNK, "begin", to=0),
-    "behind the file": change(*CHUNK, "begin", to=1 << 40),
-    "digest of the wrong form": change(*CHUNK, "xxh3", to="../../../../etc/passwd"),
+    "larger than its packs": change("tensors", "a", "shape", to=[1 << 20, 3]),
+    "no packs": change("packs", to=[]),
+    "head before the data": change("packs", 0, "head", to=0),
+    "head behind the file": change("packs", 0, "head", to=1 << 40),
+    "a huge rank": change("packs", 0, "rank", to=1 << 62),
     "traversal in a pack's name": change("packs", 0, "sha256", to="../" * 20 + "etc/passwd"),
     "negative pack size": change("packs", 0, "nbytes", to=-1),
     "tree names no tensor": change("tree", "a", to={"$": "tensor", "v": "nobody"}),
@@ -273,6 +269,50 @@ def test_a_manifest_beyond_the_cap_is_not_read(run: Path, monkeypatch: pytest.Mo
         manager.load({}, entry=entry)
 
 
+META = "__metadata__"
+HOSTILE_ROWS: dict[str, Change] = {
+    "of no tensor": lambda header: header.update({"nobody": header.pop("a")}),
+    "outside of its tensor": lambda header: header.update({"a@1,0": header.pop("a")}),
+    "with a negative place": lambda header: header.update({"a@-1,0": header.pop("a")}),
+    "with a place of other dimensions": lambda header: header.update({"a@0": header.pop("a")}),
+    "of another dtype": change("a", "dtype", to="I32"),
+    "of another shape": change("a", "shape", to=[3, 2]),
+    "with an unknown field": change("a", "extra", to=1),
+    "without digests": change(META, "digests", to=""),
+    "with a digest of the wrong form": change(META, "digests", to="../" * 64),
+    "of a newer pack": change(META, "autoglm", to="pack 99"),
+    "without metadata": lambda header: header.pop(META),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ROWS)
+def test_a_hostile_pack_with_its_digests_in_order_is_one_clear_error(run: Path, name: str) -> None:
+    files = newest_files(run)
+    data = files["pack"].read_bytes()
+    nbytes = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:nbytes])
+    HOSTILE_ROWS[name](header)
+    if name.startswith(("o", "with a ")):
+        header = {META: header[META], **dict(sorted(header.items(), key=lambda item: _begin(item[1])))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = struct.pack("<Q", nbytes - 8) + text.ljust(nbytes - 8)
+    sha256 = hashlib.sha256(head).hexdigest()
+    pack = run / "packs" / sha256[:2] / f"{sha256}.safetensors"
+    pack.parent.mkdir(exist_ok=True)
+    pack.write_bytes(head + data[nbytes:])
+    manifest = json.loads(files["manifest"].read_bytes())
+    manifest["packs"][0]["sha256"] = sha256
+    entry = plant(run, canonical(manifest))
+    with CheckpointManager(run) as manager:
+        with pytest.raises(CorruptSnapshot, match=sha256):
+            manager.load(target(), entry=entry)
+        assert sha256 in manager.verify(entry)[0].file
+
+
+def _begin(row: dict[str, Any]) -> int:
+    return row.get("data_offsets", [-1])[0]
+
+
 def pack_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -313,7 +353,7 @@ def test_a_hostile_header_is_one_clear_error(tmp_path: Path, name: str) -> None:
     reader = blobs.open("pack")
     try:
         with pytest.raises(CorruptSnapshot, match=r"^the pack"):
-            read_header(reader, "the pack")
+            parse_head(read_head(reader, "the pack"), reader.nbytes, "the pack")
     finally:
         reader.close()
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from autoglm_elastic.catalog import limits
 from autoglm_elastic.observe import events
-from autoglm_elastic.snapshot import CheckpointManager, limits
+from autoglm_elastic.snapshot import CheckpointManager
 from autoglm_elastic.storage import LocalBlobs
 from autoglm_elastic.storage.files import Files
 from tests.snapshot.disk_model import Image, Recorder, images
@@ -132,9 +133,9 @@ class Faulty(Files):
         self._tick()
         return super().open(path, flags, dir_fd=dir_fd)
 
-    def write(self, fd: int, view: memoryview) -> int:
+    def write(self, fd: int, view: memoryview, offset: int) -> int:
         self._tick()
-        return super().write(fd, view)
+        return super().write(fd, view, offset)
 
     def fsync(self, fd: int) -> None:
         self._tick()

@@ -74,7 +74,7 @@ def test_replicated_state_is_written_once_and_by_all(ranks: Ranks, tmp_path: Pat
     sizes = [path.stat().st_size for path in (tmp_path / "run").glob("packs/*/*")]
     assert len(sizes) == 2
     assert max(sizes) < 1.1 * min(sizes)
-    assert sum(sizes) < 600_000 * 4 + 8192
+    assert sum(sizes) < 600_000 * 4 + 3 * 4096
 
 
 def test_all_ranks_agree_on_what_is_coalesced(ranks: Ranks, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_an_agreed_trigger_is_never_coalesced(ranks: Ranks, tmp_path: Path) -> N
     [
         ("shape", "tensor a is float32 [9] on rank 1"),
         ("object", "rank 1: state at a is a builtins.object"),
-        ("extra", "tensor 'only_here': its chunks hold"),
+        ("extra", "tensor 'only_here': the ranks wrote"),
         ("raise", "rank 1: tensor a is a Tensor of torch.float32 on meta"),
     ],
 )

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.dtypes import BY_NAME
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.errors import ElasticError, UsageError
 from autoglm_elastic.observe import events
 from autoglm_elastic.ports import Outcome
-from autoglm_elastic.snapshot import CheckpointManager, limits
-from autoglm_elastic.snapshot.dtypes import BY_NAME
+from autoglm_elastic.snapshot import CheckpointManager
+from autoglm_elastic.snapshot.dtypes import torch_dtype
 
 WAIT_S = 60.0
 
@@ -49,7 +51,7 @@ def saved(manager: CheckpointManager, step: int, state: dict[str, Any], **option
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_dtype(run_dir: Path, name: str) -> None:
-    dtype = BY_NAME[name].torch
+    dtype = torch_dtype(name)
     state = {
         "matrix": sample(dtype, 5, 3),
         "transposed": sample(dtype, 4, 6).t(),

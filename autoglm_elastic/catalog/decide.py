@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.failpoints import Failpoints
+from autoglm_elastic.catalog.index import Catalog
+from autoglm_elastic.catalog.merge import merge
 from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError
 from autoglm_elastic.ports import Outcome, StreamBlobs
-from autoglm_elastic.snapshot import format as fmt
-from autoglm_elastic.snapshot import limits
-from autoglm_elastic.snapshot.catalog import Catalog
-from autoglm_elastic.snapshot.failpoints import Failpoints
-from autoglm_elastic.snapshot.merge import merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Request:
     config_digest: str | None = None
     world_size: int | None = None
     """As recorded, where it is not the number of votes."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """For people: versions of what wrote it."""
 
 
 class Decide:
@@ -55,13 +57,24 @@ class Decide:
         self._blobs, self._catalog, self._request = blobs, catalog, request
         self._snapshot = request.snapshot
         self._tell, self._failpoint, self._wall = announce, failpoint, wall
+        self._structures: Mapping[str, fmt.Structure] = {}
         self._entry: fmt.CatalogEntry | None = None
         self._detail = ""
         self.nbytes = 0
         """Of the whole snapshot, once the manifest is made."""
 
-    def run(self, world_size: int, heard: Iterable[core.VoteFrom | core.PeerLost]) -> None:
-        """Decides by what was heard of the ranks; what was not heard counts as not prepared."""
+    def run(
+        self,
+        world_size: int,
+        heard: Iterable[core.VoteFrom | core.PeerLost],
+        structures: Mapping[str, fmt.Structure],
+    ) -> None:
+        """Decides by what was heard of the ranks; what was not heard counts as not prepared.
+
+        Args:
+            structures: the ranks' structures by digest.
+        """
+        self._structures = structures
         machine = core.Coordinator(self._snapshot.generation, world_size)
         events: deque[core.CoordinatorEvent] = deque([core.Trigger(self._snapshot), *heard])
         events.append(core.Timeout(self._snapshot))
@@ -112,9 +125,11 @@ class Decide:
         ]
         manifest = merge(
             prepared,
+            self._structures,
             step=snapshot.step,
             generation=snapshot.generation,
             world_size=request.world_size or len(prepared),
+            environment=request.environment,
             config_digest=request.config_digest,
         )
         fmt.check_manifest(manifest, "the state as the ranks gave it")

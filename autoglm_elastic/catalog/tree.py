@@ -13,16 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-import numpy as np
-import torch
-
-from autoglm_elastic.errors import CorruptSnapshot, UsageError
-from autoglm_elastic.snapshot import limits
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.errors import CorruptSnapshot
 
 Path = tuple[str | int, ...]
 """Where in a state: keys and indices from the root; keys that are not strings by their text."""
 
-_INT64: Final = range(-(1 << 63), 1 << 63)
+INT64: Final = range(-(1 << 63), 1 << 63)
 _CODES: Final = frozenset({"tensor", "array", "tuple", "dict", "float", "int", "bytes"})
 _FLOATS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -30,95 +27,6 @@ _FLOATS: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def path_name(path: Path) -> str:
     """A path as people (and torch.distributed.checkpoint) write it."""
     return ".".join(map(str, path))
-
-
-def to_plain(value: object) -> object:
-    """The state that an object offers of itself, or the value unchanged."""
-    for method in ("to_state", "state_dict"):
-        offered = getattr(value, method, None)
-        if callable(offered) and not isinstance(value, type):
-            return offered()
-    return value
-
-
-def encode(value: object, path: Path, name_tensor: Callable[[Path, torch.Tensor], str]) -> Any:
-    """JSON for `value`. `name_tensor` is called for every tensor and numpy array and gives the name to store.
-
-    Raises UsageError for what does not fit, naming it.
-    """
-    if len(path) > limits.TREE_DEPTH_MAX:
-        raise UsageError(f"state is nested deeper than {limits.TREE_DEPTH_MAX} at {path_name(path[:4])}…")
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, torch.Tensor):
-        return {"$": "tensor", "v": name_tensor(path, value)}
-    if isinstance(value, np.ndarray):
-        return {"$": "array", "v": name_tensor(path, _as_tensor(value, path))}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, int):
-        return int(value) if value in _INT64 else {"$": "int", "v": str(int(value))}
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$": "float", "v": repr(float(value))}
-    if isinstance(value, str):
-        return _text(str(value), path)
-    if isinstance(value, bytes | bytearray):
-        return {"$": "bytes", "v": _text(base64.b64encode(value).decode(), path)}
-    if isinstance(value, Mapping):
-        return _encode_mapping(value, path, name_tensor)
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        items = [encode(item, (*path, index), name_tensor) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$": "tuple", "v": items}
-    plain = to_plain(value)
-    if plain is value:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise UsageError(
-            f"state at {path_name(path) or 'the root'} is a {kind}",
-            valid="tensors, numpy arrays, None, bool, int, float, str, bytes; dicts, lists, tuples of them",
-            do="give it to_state() and from_state(state), or leave it out of the state",
-        )
-    return encode(plain, path, name_tensor)
-
-
-def _encode_mapping(
-    value: Mapping[Any, Any], path: Path, name_tensor: Callable[[Path, torch.Tensor], str]
-) -> Any:
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {str(key): encode(item, (*path, key), name_tensor) for key, item in value.items()}
-
-    def no_tensor(where: Path, _: torch.Tensor) -> str:
-        raise UsageError(f"a tensor is a dict key at {path_name(where)}")
-
-    pairs = []
-    for key, item in value.items():
-        if not isinstance(key, str | int | float | bool | bytes | tuple | type(None)):
-            raise UsageError(
-                f"state at {path_name(path)} has a key of type {type(key).__qualname__}",
-                valid="str, int, float, bool, bytes, None, or a tuple of them",
-            )
-        step = key if isinstance(key, str | int) else repr(key)
-        pairs.append([encode(key, path, no_tensor), encode(item, (*path, step), name_tensor)])
-    return {"$": "dict", "v": pairs}
-
-
-def _text(text: str, path: Path) -> str:
-    if len(text) > limits.TREE_TEXT_MAX:
-        raise UsageError(
-            f"state at {path_name(path)} has a value of {len(text)} characters",
-            valid=f"at most {limits.TREE_TEXT_MAX}",
-            do="keep it in a uint8 tensor",
-        )
-    return text
-
-
-def _as_tensor(array: np.ndarray[Any, Any], path: Path) -> torch.Tensor:
-    try:
-        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
-    except TypeError as error:
-        raise UsageError(
-            f"state at {path_name(path)} is a numpy array of dtype {array.dtype}",
-            valid="a dtype that torch has",
-        ) from error
 
 
 def decode(node: Any, tensor: Callable[[str], Any], array: Callable[[str], Any]) -> Any:
@@ -207,12 +115,27 @@ def _check(node: Any, names: Mapping[str, object], depth: int) -> None:
         raise ValueError(f"a {code} without text")
     if code in ("tensor", "array") and value not in names:
         raise ValueError(f"no tensor {value[:80]!r}")
-    if code == "int" and (len(value) > 1000 or str(int(value)) != value or int(value) in _INT64):
+    if code == "int" and (len(value) > 1000 or str(int(value)) != value or int(value) in INT64):
         raise ValueError("an int of the wrong form")
     if code == "float" and value not in _FLOATS:
         raise ValueError("a float of the wrong form")
     if code == "bytes":
         base64.b64decode(value, validate=True)
+
+
+def skeleton(node: Any) -> Any:
+    """The structure without its values: what is no container and no tensor becomes null."""
+    inside = node["v"] if code_of(node) in ("tuple", "dict") else node
+    if code_of(node) in ("tensor", "array"):
+        return node
+    if code_of(node) == "dict":
+        return {"$": "dict", "v": [[key, skeleton(item)] for key, item in inside]}
+    if isinstance(inside, list):
+        items = [skeleton(item) for item in inside]
+        return {"$": "tuple", "v": items} if code_of(node) else items
+    if isinstance(node, dict) and code_of(node) is None:
+        return {key: skeleton(item) for key, item in node.items()}
+    return None
 
 
 def merge(one: Any, other: Any) -> Any:

@@ -3,24 +3,23 @@ checks.
 
 Every document is canonical JSON (keys sorted, no spaces, no duplicate): decoding re-encodes and compares, so
 that two readers can never see two meanings. Reading never trusts: sizes are capped before anything is
-allocated, and `check_manifest` proves that the chunks of a tensor cover it exactly once. Pure: no I/O here.
-docs/format.md says the same in prose."""
+allocated. Pure: no I/O here. docs/format.md says the same in prose."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.dtypes import BY_NAME
 from autoglm_elastic.core.lineage import GenerationRecord, entry_name, parse_entry_name
 from autoglm_elastic.errors import CorruptSnapshot, UsageError
-from autoglm_elastic.snapshot import limits
-from autoglm_elastic.snapshot.dtypes import BY_NAME
 
 CATALOG_DIR: Final = "catalog"
 MANIFEST_DIR: Final = "manifests"
@@ -30,36 +29,40 @@ HEAD_NAME: Final = "HEAD"
 LATEST_NAME: Final = "latest"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
-class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A box of one tensor, contiguous in row-major order at `begin` (bytes, in the file) of `packs[pack]`."""
+class Chunk(msgspec.Struct, frozen=True):
+    """A box of one tensor, contiguous in row-major order at `begin` (bytes, in the file) of pack number
+    `pack`. Not stored as such: a pack's header lists its chunks (packs.py)."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     pack: int
     begin: int
+    nbytes: int
     xxh3: str
+    sha256: str
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`dtype`: torch's name. `shape`: of the whole tensor. Chunks are sorted by offsets."""
+    """`dtype`: torch's name. `shape`: of the whole tensor."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
 
 
 class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file, named by the SHA-256 of its bytes."""
+    """A file. `sha256`: of its header, which holds the digests of its chunks. `head`: the header's bytes with
+    its length word, where the data begin. `rank`: which rank wrote it; a hint where to look first."""
 
     sha256: str
     nbytes: int
+    head: int
+    rank: int
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One snapshot. `tree` is the state's own structure (snapshot/tree.py), in which tensors are named."""
+    """One snapshot. `tree` is the state's own structure (catalog/tree.py), in which tensors are named."""
 
     format: str
     version: int
@@ -73,12 +76,20 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     config_digest: str | None = None
 
 
-class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one rank contributes; `pack` numbers of its chunks count in its own `packs`."""
+class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one rank knows of the state: its tensors and its tree."""
 
-    packs: tuple[Pack, ...]
     tensors: dict[str, Tensor]
     tree: Any
+
+
+class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one rank contributes, in a size that does not depend on the number of tensors. `structure`: digest
+    of its Structure without the values in the tree. `cover`: see cover()."""
+
+    packs: tuple[Pack, ...]
+    structure: str
+    cover: int
 
 
 class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -241,35 +252,32 @@ def _check_version(format_: str, version: int, where: str) -> None:
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:
-    """Caps, ranges, digests' form, and that each tensor's chunks cover it exactly once. Raises
-    CorruptSnapshot."""
+    """Caps, ranges and the form of digests. That the chunks of a tensor cover what is wanted of it exactly
+    once is checked where packs are opened. Raises CorruptSnapshot."""
     if len(manifest.tensors) > limits.TENSORS_MAX or len(manifest.packs) > limits.PACKS_MAX:
         raise CorruptSnapshot(f"{where} has {len(manifest.tensors)} tensors in {len(manifest.packs)} packs")
     for pack in manifest.packs:
-        if not _SHA256.fullmatch(pack.sha256) or not 8 < pack.nbytes <= limits.SIZE_MAX:
+        good = (
+            _SHA256.fullmatch(pack.sha256)
+            and 8 < pack.head <= pack.nbytes <= limits.SIZE_MAX
+            and pack.head <= limits.HEADER_BYTES_MAX + 8
+            and 0 <= pack.rank <= limits.SIZE_MAX
+        )
+        if not good:
             raise CorruptSnapshot(f"{where}: pack {pack.sha256[:64]!r} of {pack.nbytes} bytes")
     if len({pack.sha256 for pack in manifest.packs}) != len(manifest.packs):
         raise CorruptSnapshot(f"{where}: a pack is listed twice")
-    chunks = 0
-    spans: list[list[tuple[int, int]]] = [[] for _ in manifest.packs]
     for name, tensor in manifest.tensors.items():
-        problem = _tensor_problem(name, tensor, manifest.packs)
+        problem = _tensor_problem(name, tensor)
         if problem:
             raise CorruptSnapshot(f"{where}: tensor {name[:80]!r}: {problem}")
-        chunks += len(tensor.chunks)
-        for chunk in tensor.chunks:
-            end = chunk.begin + chunk_nbytes(tensor.dtype, chunk.sizes)
-            spans[chunk.pack].append((chunk.begin, end))
-    if chunks > limits.CHUNKS_MAX:
-        raise CorruptSnapshot(f"{where} has {chunks} chunks", valid=f"at most {limits.CHUNKS_MAX}")
-    for pack, used in zip(manifest.packs, spans, strict=True):
-        used.sort()
-        for (_, end), (begin, _) in itertools.pairwise(used):
-            if begin < end:
-                raise CorruptSnapshot(f"{where}: chunks overlap in pack {pack.sha256}")
+    if sum(chunk_nbytes(tensor.dtype, tensor.shape) for tensor in manifest.tensors.values()) > sum(
+        pack.nbytes - pack.head for pack in manifest.packs
+    ):
+        raise CorruptSnapshot(f"{where}: its tensors are larger than its packs")
 
 
-def _tensor_problem(name: str, tensor: Tensor, packs: Sequence[Pack]) -> str:
+def _tensor_problem(name: str, tensor: Tensor) -> str:
     if not name or len(name.encode()) > limits.NAME_BYTES_MAX or "\0" in name:
         return "its name is empty or too long"
     if tensor.dtype not in BY_NAME:
@@ -280,18 +288,29 @@ def _tensor_problem(name: str, tensor: Tensor, packs: Sequence[Pack]) -> str:
         return f"shape {tensor.shape[:8]}"
     if chunk_nbytes(tensor.dtype, tensor.shape) > limits.SIZE_MAX:
         return "it is larger than any file"
-    for chunk in tensor.chunks:
-        if len(chunk.offsets) != len(tensor.shape) or len(chunk.sizes) != len(tensor.shape):
-            return "a chunk has another number of dimensions"
-        box = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
-        if any(offset < 0 or size < 0 or offset + size > extent for offset, size, extent in box):
-            return "a chunk lies outside of it"
-        if not 0 <= chunk.pack < len(packs) or not _XXH3.fullmatch(chunk.xxh3):
-            return "a chunk names no pack or digest"
-        nbytes = chunk_nbytes(tensor.dtype, chunk.sizes)
-        if chunk.begin < 8 or chunk.begin + nbytes > packs[chunk.pack].nbytes:
-            return f"a chunk lies outside of pack {packs[chunk.pack].sha256}"
-    return cover_problem(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
+    return ""
+
+
+def elements(shape: Sequence[int]) -> int:
+    return math.prod(shape)
+
+
+def cover(boxes: Iterable[tuple[str, int]]) -> int:
+    """A sum over (tensor name, number of elements), so that the ranks' sums can be added and compared with
+    that of the whole tensors: a tensor of which somebody writes too much or too little shows, and nobody has
+    to gather everybody's boxes. Modulo 2**64."""
+    return sum(_weight(name) * elements for name, elements in boxes) % (1 << 64)
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _weight(name: str) -> int:
+    """Odd, so that a difference between two sums can be divided by it."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
+
+
+def uncovered(name: str, missing: int) -> int:
+    """How many elements of tensor `name` make that difference of two covers; modulo 2**64."""
+    return missing * pow(_weight(name), -1, 1 << 64) % (1 << 64)
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import limits, tree
 from autoglm_elastic.core import lineage
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs
-from autoglm_elastic.snapshot import format as fmt
-from autoglm_elastic.snapshot import limits, tree
 
 OnEvent = Callable[[str, dict[str, Any]], None]
 """(name, fields), as in autoglm_elastic.observe.events."""
