@@ -31,8 +31,11 @@ Every run writes `RUN/events.jsonl`: one JSON object a line, below 4 KiB, append
 Phases of a recovery (`incident.closed`, `phases_s`), in order: {phases}.
 What is derived from the log: `autoglm report RUN`.
 
-`RUN/metrics.jsonl` has one line a committed step, written by rank 0: `step`, `generation`, `wall_time`,
-`loss`, `world_size`, `values`. A step that was redone appears again with a newer generation.
+`RUN/metrics.jsonl` has one line a committed step, written by rank 0 when the step after it commits: `step`,
+`generation`, `wall_time`, `loss`, `world_size`, `values`. `loss` is the mean over the samples of the global
+batch; after an incident that of the last step before it is the mean over the samples of those who are left,
+and null when nobody is. `values` are as rank 0 gives them. A step that was redone appears again with a newer
+generation.
 
 ## Events by name
 """

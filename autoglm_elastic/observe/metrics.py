@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON line a committed step, written by rank 0 of the generation.
+"""The metrics of a run: one JSON line a committed step, written by rank 0 when the step after it commits.
 
 A step that was redone after an incident appears again, with a newer generation: `lineage` keeps the newest of
 each. May touch: one file, opened for appending. Must never: raise into the caller or stop training.
@@ -16,8 +16,10 @@ from autoglm_elastic.observe import _lines
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """One committed step. `loss` is None when none was given or it was not finite. `world_size` is that of
-    the generation, 0 when unknown. `values`: whatever else `job.commit` and `job.log` were given."""
+    """One committed step. `loss`: the mean over the samples of the global batch; None when none was given, it
+    was not finite, or those who knew it were lost (the mean over those who are left, when somebody is).
+    `world_size` is that of the generation, 0 when unknown. `values`: whatever else rank 0 gave `job.commit`
+    and `job.log`."""
 
     step: int
     generation: int

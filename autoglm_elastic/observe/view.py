@@ -74,6 +74,7 @@ class RunView:
         """The newest generation that has committed a step: training goes on when it is `generation`."""
         self.step = -1
         self.loss: float | None = None
+        self._newest = (-1, -1)
         self.losses: deque[float] = deque(maxlen=LOSSES_MAX)
         self.failures = 0
         self.recoveries = 0
@@ -103,7 +104,10 @@ class RunView:
         return rows
 
     def on_metric(self, metric: Metric) -> None:
-        """A committed step; one that is not newer than the newest is done again."""
+        """A committed step; one that is not newer than the newest is done again, or told again."""
+        if (metric.generation, metric.step) == self._newest:
+            return
+        self._newest = (metric.generation, metric.step)
         self.steps_redone += max(0, self.step - metric.step + 1)
         self.step, self.loss = metric.step, metric.loss
         self.wall_time = max(self.wall_time, metric.wall_time)

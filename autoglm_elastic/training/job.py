@@ -22,9 +22,10 @@ from autoglm_elastic.training.data import Batches, MapDataset
 from autoglm_elastic.training.metrics import as_number
 from autoglm_elastic.training.outcomes import MisuseError, WorldChanged
 from autoglm_elastic.training.reduce import Reducer
+from autoglm_elastic.training.rows import require_number
 from autoglm_elastic.training.shard import shard_module
 from autoglm_elastic.training.snapshots import OURS, SnapshotRequest, Snapshots
-from autoglm_elastic.training.steps import StepControl
+from autoglm_elastic.training.steps import Decision, StepControl
 
 if TYPE_CHECKING:
     from autoglm_elastic.training.session import Session
@@ -135,6 +136,7 @@ class Job:
             module.to(self.device)
             move.broadcast([*module.parameters(), *module.buffers()], 0)
         shard_module(module, self.device, self.world, lambda: self._weight * self.world, options)
+        self._control.begin(self.step + 1)
         self._watch_first_forward(module)
         return module
 
@@ -218,7 +220,7 @@ class Job:
                 reducer.enabled = True
 
     def log(self, **values: Any) -> None:
-        """Numbers to be written with the next committed step."""
+        """Numbers to be written with the next committed step, as rank 0 gives them."""
         self._logged |= values
 
     def snapshot(self) -> SnapshotRequest:
@@ -231,13 +233,18 @@ class Job:
         """The step boundary: the step counts. Not a collective.
 
         Args:
-            metrics: numbers (or tensors of one element) for the metrics of this step; `loss` is shown to
-                people.
+            metrics: numbers (or tensors of one element) for the metrics of this step. `loss`, a mean over
+                this rank's samples, is written and shown as the mean over the global batch, one step later.
+                All others are written as rank 0 gives them.
 
         Raises:
+            MisuseError: for what is no number.
             WorldChanged: to enter the next world; let it pass.
             SystemExit: 75 after a stop was agreed and the snapshot is durable.
         """
+        values = metrics | self._logged
+        for name, value in values.items():
+            require_number(name, value)
         self._begin()
         if any(reducer.running for reducer in self._reducers):
             self._control.poison(MisuseError("a backward was interrupted by an error"))
@@ -245,6 +252,7 @@ class Job:
             self._give_up(self._control.failure)
         boundary = self.step + 1
         failure: BaseException | None = None
+        decision = Decision()
         try:
             decision = self._control.decide(boundary)
         except (RuntimeError, ValueError) as error:
@@ -252,14 +260,13 @@ class Job:
         self._session.cursors |= self._pending
         self._pending.clear()
         self._state.committed(self.generation)
-        self._session.note_commit(self, metrics | self._logged)
+        self._session.note_commit(self, values, self._weight, decision.loss)
         self._seed_step()
         if self._first_commit:
             self._first_commit = False
             self._session.note_resumed(self, self._phases())
         if failure is not None:
             self._give_up(failure)
-        values = metrics | self._logged
         self._logged = {}
         if decision.snapshot or decision.stop:
             self._begin_snapshot(values)
@@ -306,7 +313,7 @@ class Job:
         due = snapshots is not None and (
             snapshots.due(boundary) or (self._snapshot_wanted is not None and not snapshots.busy)
         )
-        return [float(leave), float(stop), float(due)]
+        return [float(leave), float(stop), float(due), *self._session.metrics.rows.numbers()]
 
     def _begin(self) -> None:
         """The first thing of a generation's first step: what was not tracked by now will not be."""

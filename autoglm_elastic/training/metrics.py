@@ -1,6 +1,7 @@
-"""`RUN/metrics.jsonl` from a thread of its own, so that logging never makes training wait or fail.
+"""`RUN/metrics.jsonl`: which steps committed, and what their metrics were. Rank 0 writes it.
 
-Rank 0's. What the queue cannot take is dropped and counted.
+From a thread of its own, so that logging never makes training wait or fail: what its queue cannot take is
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -9,20 +10,85 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import torch
 
+from autoglm_elastic.observe.events import METRICS_NAME
 from autoglm_elastic.observe.metrics import Metric, MetricLog
+from autoglm_elastic.training.rows import Row, Rows, Told
 
 QUEUE_MAX: Final = 4096
 """Steps that may wait to be written; a disk that is further behind loses lines, not time."""
 
 CLOSE_LIMIT_S: Final = 5.0
 
-_Row = tuple[int, int, float, int, dict[str, Any]]
+_Line = tuple[Row, float | None, dict[str, Any]]
+
+
+class StepMetrics:
+    """The metrics of the steps that this process takes part in; one per process.
+
+    Attributes:
+        rows: steps whose loss is not known yet.
+        loss: the newest mean over a global batch that is known, NaN for none.
+    """
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._run_dir = run_dir
+        self._writer: MetricWriter | None = None
+        self.rows = Rows(self._write)
+        self.loss = math.nan
+
+    def enter(self, rank: int, step: int, generation: int, *, live: bool) -> None:
+        """A generation begins in which this process is `rank`; it goes on after `step` of `generation`."""
+        if rank != 0:
+            self._close_writer()
+        elif self._writer is None and self._run_dir is not None:
+            self._writer = MetricWriter(self._run_dir / METRICS_NAME)
+        self.rows.enter(step, generation, time.time(), first=rank == 0, live=live)
+
+    def committed(self, row: Row, values: Mapping[str, Any], loss_sums: Sequence[float] | None) -> None:
+        """A step has committed; `loss_sums` came with it."""
+        if loss_sums is not None:
+            self.rows.arrived(loss_sums)
+        row.values = {name: value for name, value in values.items() if name != "loss"}
+        self.rows.add(row, values.get("loss"))
+
+    def close(self, told: Iterable[Told] = ()) -> None:
+        """No step follows; `told`: what the ranks that could tell still had. Everything is written then, if
+        the disk takes it within `CLOSE_LIMIT_S`."""
+        self.rows.end(told)
+        self._close_writer()
+
+    def _write(self, row: Row, loss: float | None) -> None:
+        self.loss = math.nan if loss is None else loss
+        if self._writer is not None:
+            self._writer.write(row, loss)
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def told_by_all(store: Any, rank: int, world_size: int, mine: Told) -> list[Told]:
+    """At the end of a job, on rank 0: what all ranks still have of the losses of the last steps, through the
+    generation's store. Only its own when a rank does not say it within `CLOSE_LIMIT_S`."""
+    try:
+        if rank != 0:
+            store.set(f"told/{rank}", msgspec.json.encode(mine))
+        elif world_size > 1:
+            keys = [f"told/{other}" for other in range(1, world_size)]
+            store.wait(keys, timedelta(seconds=CLOSE_LIMIT_S))
+            return [mine, *(msgspec.json.decode(told, type=Told) for told in store.multi_get(keys))]
+    except (RuntimeError, ValueError):
+        return [mine]
+    return [mine]
 
 
 class MetricWriter:
@@ -30,36 +96,36 @@ class MetricWriter:
 
     def __init__(self, path: Path) -> None:
         self._log = MetricLog(path)
-        self._rows: queue.Queue[_Row | None] = queue.Queue(QUEUE_MAX)
+        self._lines: queue.Queue[_Line | None] = queue.Queue(QUEUE_MAX)
         self.dropped = 0
         self._thread = threading.Thread(target=self._run, name="autoglm-metrics", daemon=True)
         self._thread.start()
 
-    def write(self, step: int, generation: int, world_size: int, values: Mapping[str, Any]) -> None:
+    def write(self, row: Row, loss: float | None) -> None:
         kept = {
-            key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in values.items()
+            key: value.detach() if isinstance(value, torch.Tensor) else value
+            for key, value in row.values.items()
         }
         try:
-            self._rows.put_nowait((step, generation, time.time(), world_size, kept))
+            self._lines.put_nowait((row, loss, kept))
         except queue.Full:
             self.dropped += 1
 
     def close(self) -> None:
         """Everything written, if the disk takes it within `CLOSE_LIMIT_S`."""
         try:
-            self._rows.put(None, timeout=CLOSE_LIMIT_S)
+            self._lines.put(None, timeout=CLOSE_LIMIT_S)
         except queue.Full:
             return
         self._thread.join(CLOSE_LIMIT_S)
 
     def _run(self) -> None:
-        while (row := self._rows.get()) is not None:
-            step, generation, wall_time, world_size, values = row
+        while (line := self._lines.get()) is not None:
+            row, loss, values = line
             numbers = {
                 key: number for key, value in values.items() if (number := as_number(value)) is not None
             }
-            loss = numbers.pop("loss", None)
-            self._log.write(Metric(step, generation, wall_time, loss, world_size, numbers))
+            self._log.write(Metric(row.step, row.generation, row.wall_time, loss, row.world_size, numbers))
         self._log.close()
 
 

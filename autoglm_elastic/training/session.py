@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -22,16 +22,16 @@ from autoglm_elastic import wire
 from autoglm_elastic.core.recovery import Holding
 from autoglm_elastic.core.split import Cursor
 from autoglm_elastic.errors import ExitCode
-from autoglm_elastic.observe.events import METRICS_NAME
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training import endings, environment
 from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree
 from autoglm_elastic.training.control import Control
 from autoglm_elastic.training.groups import Groups
 from autoglm_elastic.training.job import Job
-from autoglm_elastic.training.metrics import MetricWriter, as_number
+from autoglm_elastic.training.metrics import StepMetrics, told_by_all
 from autoglm_elastic.training.outcomes import MisuseError, WorldChanged
 from autoglm_elastic.training.reduce import BufferPool
+from autoglm_elastic.training.rows import Row
 from autoglm_elastic.training.snapshots import Snapshots
 from autoglm_elastic.training.state import State
 from autoglm_elastic.training.stopping import StopSignal
@@ -58,6 +58,7 @@ class Session:
         board = os.environ.get(wire.ENV_BOARD_FD)
         self._board = wire.Board(int(board)) if board else None
         self.state = State()
+        self.metrics = StepMetrics(self.run_dir)
         self.pool = BufferPool()
         self.cursors: dict[str, Cursor] = {}
         self.seed = 0
@@ -65,10 +66,9 @@ class Session:
         self._random = torch.get_rng_state()
         self._initial_seed = torch.initial_seed()
         self._shard = (0, 0)
-        self._loss = float("nan")
         self._snapshot_step = -1
-        self._metrics: MetricWriter | None = None
         self._snapshots: Snapshots | None = None
+        self._store: Any = None
         self._remains: list[Any] = []
         self._generation = -1
         self._signal = StopSignal()
@@ -151,6 +151,7 @@ class Session:
         else:
             groups.build_alone()
         connected = time.monotonic()
+        self._store = groups.store
         self._open_snapshots(world, groups)
         if self._control is None:
             world = self._number_without_launcher(world, groups)
@@ -244,8 +245,7 @@ class Session:
                     "rejected": list(plan.rejected),
                 },
             )
-            if self._metrics is None and self.run_dir is not None:
-                self._metrics = MetricWriter(self.run_dir / METRICS_NAME)
+        self.metrics.enter(world.rank, self.state.step, self.state.generation, live=plan.tier == "live")
         self._note(wire.RankState.RUNNING)
 
     def _finish(self, job: Job, groups: Groups) -> None:
@@ -272,9 +272,7 @@ class Session:
 
     def _done(self, job: Job, *, requeue: bool) -> None:
         self._note(wire.RankState.DONE)
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self.metrics.close(told_by_all(self._store, job.rank, job.world, self.metrics.rows.tell()))
         if self._control is not None:
             self._control.send(wire.Done(job.generation, job.step, requeue))
 
@@ -310,6 +308,7 @@ class Session:
         if self._snapshots is not None:
             self._snapshots.close()
             self._snapshots = None
+        self._store = None
         self._remains += groups.close()
         self._note(wire.RankState.WAITING)
         now = time.monotonic()
@@ -335,15 +334,16 @@ class Session:
         cursors = {name: [cursor.epoch, cursor.sample, cursor.seed] for name, cursor in self.cursors.items()}
         return {"seed": self.seed, "cursors": cursors}
 
-    def note_commit(self, job: Job, values: dict[str, Any]) -> None:
-        if "loss" in values and job.device.type == "cpu":
-            self._loss = as_number(values["loss"]) or float("nan")
+    def note_commit(
+        self, job: Job, values: Mapping[str, Any], share: float, loss_sums: Sequence[float] | None
+    ) -> None:
+        """A step has committed. `share`: of this rank in its batch."""
+        row = Row(job.step, job.generation, time.time(), job.world, share=share)
+        self.metrics.committed(row, values, loss_sums)
         if self._snapshots is not None:
             self._snapshots.collect()
             self._snapshot_step = max(self._snapshot_step, self._snapshots.committed_step)
         self._note(wire.RankState.RUNNING)
-        if self._metrics is not None and job.rank == 0:
-            self._metrics.write(job.step, job.generation, job.world, values)
 
     def note_resumed(self, job: Job, phases_s: dict[str, float]) -> None:
         """The first committed step of a generation. What is left of the old groups is let go now."""
@@ -377,6 +377,12 @@ class Session:
             step = self.state.step or -1
             self._board.write(
                 wire.BoardNote(
-                    os.getpid(), state, self._generation, step, self._snapshot_step, self._loss, time.time()
+                    os.getpid(),
+                    state,
+                    self._generation,
+                    step,
+                    self._snapshot_step,
+                    self.metrics.loss,
+                    time.time(),
                 )
             )

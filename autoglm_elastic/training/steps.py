@@ -1,10 +1,10 @@
 """What the ranks agree on at each step boundary, without a collective of its own.
 
-Every rank contributes three numbers: whether it wants to leave at a boundary (a planned world waits), whether
-it wants to stop, and whether a snapshot is due (rank 0 decides by time and step, any rank may ask). Their
-sums reach all ranks with the gradients of the step; where no gradients are reduced here (FSDP), a tiny
-all-reduce started at one commit and completed at the next carries them. So all ranks see the same decision at
-the same commit.
+Every rank contributes a few numbers: whether it wants to leave at a boundary (a planned world waits), whether
+it wants to stop, whether a snapshot is due (rank 0 decides by time and step, any rank may ask), and its part
+of the loss of a step before (rows.py). Their sums reach all ranks with the gradients of the step; where no
+gradients are reduced here (FSDP), a tiny all-reduce started at one commit and completed at the next carries
+them. So all ranks see the same decision at the same commit.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-SLOTS: Final = 3
+from autoglm_elastic.training import rows
+
+WANTS: Final = 3
+SLOTS: Final = WANTS + rows.NUMBERS
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What all ranks do at this boundary."""
+    """What all ranks do at this boundary. `loss`: the sums of what `Rows.numbers` gave, if they came."""
 
     leave: bool = False
     stop: bool = False
     snapshot: bool = False
+    loss: tuple[float, ...] | None = None
 
 
 class StepControl:
-    """One per generation. `wants(boundary)` gives this rank's three numbers for the boundary after which
+    """One per generation. `wants(boundary)` gives this rank's numbers for the boundary after which
     `boundary` steps are committed."""
 
     def __init__(self, world_size: int, wants: Callable[[int], Sequence[float]]) -> None:
@@ -56,6 +60,7 @@ class StepControl:
     def decide(self, boundary: int) -> Decision:
         """What all ranks do at this boundary. Raises what the collective that carries it raises."""
         sums: Sequence[float] = self._arrived or [0.0] * SLOTS
+        came = self._alone or self._arrived is not None or self._travelling is not None
         if self._alone:
             sums = self._wants(boundary)
         if self._travelling is not None:
@@ -63,8 +68,13 @@ class StepControl:
             self._travelling = None
             work.wait()
             sums = [a + b for a, b in zip(sums, tensor.tolist(), strict=True)]
-        leave, stop, snapshot = (value > 0 for value in sums)
-        return Decision(leave, stop, snapshot)
+        leave, stop, snapshot = (value > 0 for value in sums[:WANTS])
+        return Decision(leave, stop, snapshot, tuple(sums[WANTS:]) if came else None)
+
+    def begin(self, boundary: int) -> None:
+        """No gradients will carry the wants for the generation's first boundary."""
+        if self._travelling is None:
+            self.depart(boundary)
 
     def depart(self, boundary: int) -> None:
         """Done with a boundary: send the wants for the next one, `boundary`, unless gradients carry them."""

@@ -179,10 +179,11 @@ def train(
                 trying=job.step + 1,
                 rank=job.rank,
                 indices=index.tolist() if job.local_samples else [],
+                loss=loss.item(),
                 generation=job.generation,
             )
-            job.commit(loss=loss)
-            say(committed=job.step, generation=job.generation, loss=loss.item())
+            job.commit(loss=loss, rank=job.rank)
+            say(committed=job.step, generation=job.generation)
             if job.step == ask_at:
                 job.snapshot()
             if paced and job._snapshots is not None:

@@ -143,3 +143,55 @@ def test_a_death_waits_for_no_snapshot(zygote: Zygote, tmp_path: Path, run_dir: 
         cluster.wait_exits()
         assert [e["step"] for e in cluster.events("snapshot.committed")] == [12]
         assert len({r["digest"] for r in cluster.results()}) == 1
+
+
+def mean_losses(cluster: Cluster) -> dict[int, float]:
+    """Step → what the metrics should say: the mean over the samples of the newest generation's batch."""
+    parts: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for worker in cluster.all:
+        for said in worker.said:
+            if "loss" in said:
+                key = (said["trying"], said["generation"])
+                parts.setdefault(key, []).append((said["loss"], len(said["indices"])))
+    newest = dict(sorted(parts))
+    return {
+        step: sum(loss * n for loss, n in parts[step, g]) / sum(n for _, n in parts[step, g])
+        for step, g in newest.items()
+    }
+
+
+@pytest.mark.parametrize("extra", [{}, {"shard": True}], ids=["replicate", "shard"])
+def test_the_loss_in_the_metrics_is_that_of_the_global_batch(
+    zygote: Zygote, tmp_path: Path, run_dir: Path, extra: dict[str, Any]
+) -> None:
+    """Also that of the steps around a planned world and of the last one."""
+    args = {"steps": 9, "batch": 7, "size": 24, "holds": [[0, 4, -1]]} | extra
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        cluster.wait_said(cluster.alive[0], waiting=4)
+        cluster.reform(add=1, planned=True)
+        cluster.say_go()
+        cluster.wait_exits()
+        expected = mean_losses(cluster)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row["loss"] for row in rows] == pytest.approx([expected[step] for step in range(1, 10)], rel=1e-5)
+    assert rows[0]["values"] == {"rank": 0.0}
+
+
+def test_metrics_lose_no_step_when_rank_0_dies(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    """The loss of the step before is then the mean over those who are left."""
+    args = {"steps": 8, "die": {"rank": 0, "step": 4}}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        survivor = cluster.alive[1]
+        cluster.wait_said(cluster.alive[0], dying=4)
+        cluster.kill(cluster.alive[0])
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["generation"]) for row in rows] == [
+            (step, int(step > 4)) for step in range(1, 9)
+        ]
+        alone = next(s["loss"] for s in survivor.said if s.get("trying") == 4)
+        assert rows[3]["loss"] == pytest.approx(alone, rel=1e-5)

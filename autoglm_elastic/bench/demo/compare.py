@@ -104,12 +104,12 @@ def _comparison(disturbed: Outcome, undisturbed: Outcome) -> Promise:
 def curve_difference(disturbed: Outcome, undisturbed: Outcome) -> float | None:
     """Largest difference of the two loss curves, None when they cannot be compared.
 
-    A step's loss is that of rank 0's share, so only steps that both did with as many workers are compared.
+    A step's loss is the mean over its global batch, whatever the world.
     """
-    theirs = {(m.step, m.world_size): m.loss for m in metrics.lineage(undisturbed.steps)}
+    theirs = {m.step: m.loss for m in metrics.lineage(undisturbed.steps)}
     differences = [
         abs(metric.loss - other)
         for metric in metrics.lineage(disturbed.steps)
-        if metric.loss is not None and (other := theirs.get((metric.step, metric.world_size))) is not None
+        if metric.loss is not None and (other := theirs.get(metric.step)) is not None
     ]
     return max(differences, default=None)
