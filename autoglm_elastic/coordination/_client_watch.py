@@ -28,6 +28,11 @@ class ClientWatch:
         self._keys: set[str] = set()
         """Keys delivered of `_revision`: a connection may break in the middle of a transaction."""
 
+    @property
+    def seen_revision(self) -> int:
+        """Of the last change that was handed over; -1 before the first."""
+        return self._revision
+
     def deliver(self, events: list[WatchEvent], resume_revision: int) -> None:
         for event in events:
             if event.revision < self._revision or (

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from autoglm_elastic.coordination import limits
+from autoglm_elastic.coordination.checks import check_lease, check_txn
 from autoglm_elastic.coordination.refusals import LeaseGone, StoreRefused
 from autoglm_elastic.ports import Compare, Delete, Entry, EventKind, Json, Outcome, Put, Txn, WatchEvent
 
-_to_json = msgspec.json.Encoder()
 _from_json = msgspec.json.Decoder()
 
 
@@ -93,14 +93,10 @@ class StoreState:
     # Writing
 
     def txn(self, compares: Sequence[Compare], operations: Sequence[Put | Delete]) -> Txn:
-        if len(compares) > limits.TXN_COMPARES_MAX or len(operations) > limits.TXN_OPERATIONS_MAX:
-            raise StoreRefused(
-                f"transaction of {len(compares)} compares and {len(operations)} operations",
-                valid=f"at most {limits.TXN_COMPARES_MAX} and {limits.TXN_OPERATIONS_MAX}",
-            )
-        prepared = [self._prepare(operation) for operation in operations]
-        if len({key for key, _, _ in prepared}) != len(prepared):
-            raise StoreRefused("transaction that writes one key twice")
+        prepared = check_txn(compares, operations)
+        for key, _, lease in prepared:
+            if lease and lease not in self._leases:
+                raise LeaseGone(f"lease {lease} of {key} has ended")
         new_keys = sum(1 for key, data, _ in prepared if data is not None and key not in self._stored)
         if len(self._stored) + new_keys > limits.KEYS_MAX:
             raise StoreRefused(f"more than {limits.KEYS_MAX} keys")
@@ -129,8 +125,7 @@ class StoreState:
     # Leases
 
     def lease_grant(self, ttl_s: float, now: float) -> int:
-        if not limits.LEASE_S_MIN <= ttl_s <= limits.LEASE_S_MAX:
-            raise StoreRefused(f"lease of {ttl_s} s", valid=f"{limits.LEASE_S_MIN} to {limits.LEASE_S_MAX} s")
+        check_lease(ttl_s)
         if len(self._leases) >= limits.LEASES_MAX:
             raise StoreRefused(f"more than {limits.LEASES_MAX} leases")
         self._leases_granted += 1
@@ -168,25 +163,6 @@ class StoreState:
         return min((held.deadline for held in self._leases.values()), default=None)
 
     # Inside
-
-    def _prepare(self, operation: Put | Delete) -> tuple[str, bytes | None, int]:
-        if not 0 < len(operation.key.encode()) <= limits.KEY_BYTES_MAX:
-            raise StoreRefused(
-                f"key of {len(operation.key.encode())} bytes", valid=f"1 to {limits.KEY_BYTES_MAX}"
-            )
-        if isinstance(operation, Delete):
-            return operation.key, None, 0
-        try:
-            data = _to_json.encode(operation.value)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise StoreRefused(f"value of {operation.key} is not JSON: {error}") from None
-        if len(data) > limits.VALUE_BYTES_MAX:
-            raise StoreRefused(
-                f"value of {operation.key} has {len(data)} bytes", valid=f"at most {limits.VALUE_BYTES_MAX}"
-            )
-        if operation.lease and operation.lease not in self._leases:
-            raise LeaseGone(f"lease {operation.lease} of {operation.key} has ended")
-        return operation.key, data, operation.lease
 
     def _mod_revision(self, key: str) -> int:
         stored = self._stored.get(key)

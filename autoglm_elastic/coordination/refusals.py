@@ -19,6 +19,13 @@ class LeaseGone(StoreRefused):
     code = "lease_gone"
 
 
+class StoreDenied(StoreRefused):
+    """The store does not let us: wrong user, password, certificate or role."""
+
+    fault = Fault.USER
+    code = "denied"
+
+
 def refusal(code: str, message: str) -> StoreRefused:
     """The error that a server's answer stands for."""
     return LeaseGone(message) if code == LeaseGone.code else StoreRefused(message)

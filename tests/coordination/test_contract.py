@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from etcd_cluster import Cluster, needs_etcd
+
 from autoglm_elastic.coordination import (
     LeaseGone,
     MemoryStore,
@@ -30,18 +32,57 @@ from autoglm_elastic.ports import (
 WAIT_S = 20.0
 
 
-@pytest.fixture(params=["memory", "embedded"])
-def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    if request.param == "memory":
+class Subject:
+    """The store under test. `compact(revision)`: lets it forget what was before."""
+
+    def __init__(self, store: Store, compact: Callable[[int], None]) -> None:
+        self.store = store
+        self.compact = compact
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("etcd")) as running:
+        yield running
+
+
+def hosted(name: str) -> Iterator[Store]:
+    if name == "memory":
         memory = MemoryStore()
         yield memory
         memory.close()
-    else:
-        server = StoreServer("127.0.0.1", 0)
-        client = StoreClient(*server.address)
-        yield client
-        client.close()
-        server.close()
+        return
+    server = StoreServer("127.0.0.1", 0)
+    client = StoreClient(*server.address)
+    yield client
+    client.close()
+    server.close()
+
+
+@pytest.fixture(params=["memory", "embedded", pytest.param("etcd", marks=needs_etcd)])
+def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+    if request.param != "etcd":
+        for store in hosted(request.param):
+            yield Subject(store, lambda _: monkeypatch.setattr(limits, "HISTORY_EVENTS_MAX", 8))
+        return
+    from autoglm_elastic.coordination.etcd import EtcdStore, parse
+
+    running = request.getfixturevalue("cluster")
+    running.ask(0, "kv/deleterange", {"key": "AA==", "range_end": "AA=="})
+    etcd = EtcdStore(parse(running.address))
+    yield Subject(etcd, lambda revision: running.ask(0, "kv/compaction", {"revision": revision}))
+    etcd.close()
+
+
+@pytest.fixture
+def store(subject: Subject) -> Store:
+    return subject.store
+
+
+@pytest.fixture
+def base(store: Store) -> int:
+    """The store's revision before the test."""
+    return store.txn((), ()).revision
 
 
 class Seen:
@@ -158,18 +199,25 @@ def test_of_many_that_compare_the_same_revision_one_wins(store: Store) -> None:
     ],
 )
 def test_what_breaks_a_limit_is_refused_and_harms_nothing(
-    store: Store, refused: Callable[[Store], object]
+    store: Store, base: int, refused: Callable[[Store], object]
 ) -> None:
     with pytest.raises(StoreRefused):
         refused(store)
-    assert store.txn((), ()).revision == 0
+    assert store.txn((), ()).revision == base
     store.put("/a", 1)
 
 
+@pytest.mark.parametrize("name", ["memory", "embedded"])
 def test_a_full_store_refuses_and_has_room_again_after_a_delete(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """etcd has a quota of its own, and clears only by compaction."""
     monkeypatch.setattr(limits, "STORED_BYTES_MAX", 10)
+    for store in hosted(name):
+        fill(store)
+
+
+def fill(store: Store) -> None:
     store.put("/a", "12345")
     with pytest.raises(StoreRefused):
         store.put("/b", "12345")
@@ -177,9 +225,9 @@ def test_a_full_store_refuses_and_has_room_again_after_a_delete(
     store.put("/b", "12345")
 
 
-def test_keys_end_with_their_lease(store: Store) -> None:
+def test_keys_end_with_their_lease(store: Store, base: int) -> None:
     seen = Seen()
-    store.watch("/", 1, seen)
+    store.watch("/", base + 1, seen)
     lease = store.lease_grant(0.2)
     store.put("/mine/1", 1, lease=lease)
     store.put("/mine/2", 2, lease=lease)
@@ -219,9 +267,9 @@ def test_a_revoked_lease_ends_at_once_and_only_what_it_owns_last(store: Store) -
     assert store.get("/was-mine") is not None
 
 
-def test_a_watch_sees_each_change_of_its_prefix_once_in_order(store: Store) -> None:
+def test_a_watch_sees_each_change_of_its_prefix_once_in_order(store: Store, base: int) -> None:
     seen = Seen()
-    store.watch("/w/", 1, seen)
+    store.watch("/w/", base + 1, seen)
     store.put("/w/a", 1)
     store.put("/other", 1)
     store.txn((), [Put("/w/b", 2), Put("/w/c", 3)])
@@ -233,7 +281,7 @@ def test_a_watch_sees_each_change_of_its_prefix_once_in_order(store: Store) -> N
         ("put", "/w/c", 3),
         ("delete", "/w/a", None),
     ]
-    assert [event.revision for event in events] == [1, 3, 3, 4]
+    assert [event.revision - base for event in events] == [1, 3, 3, 4]
 
 
 def test_a_watch_starts_in_the_past_or_in_the_future(store: Store) -> None:
@@ -247,24 +295,26 @@ def test_a_watch_starts_in_the_past_or_in_the_future(store: Store) -> None:
     assert future.next().key == "/c"
 
 
-def test_a_watch_too_far_behind_is_lost_and_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "HISTORY_EVENTS_MAX", 8)
+def test_a_watch_too_far_behind_is_lost_and_goes_on(subject: Subject, base: int) -> None:
+    store = subject.store
+    subject.compact(base)
     for number in range(20):
         store.put("/a", number)
+    subject.compact(base + 20)
     seen = Seen()
-    store.watch("/", 1, seen)
+    store.watch("/", max(1, base), seen)
     event = seen.next()
     assert event.lost
-    assert event.revision == 20
+    assert event.revision == base + 20
     store.put("/b", 1)
     event = seen.next()
     assert (event.key, event.lost) == ("/b", False)
 
 
-def test_no_callback_begins_after_cancel(store: Store) -> None:
+def test_no_callback_begins_after_cancel(store: Store, base: int) -> None:
     cancelled, other = Seen(), Seen()
-    watch = store.watch("/", 1, cancelled)
-    store.watch("/", 1, other)
+    watch = store.watch("/", base + 1, cancelled)
+    store.watch("/", base + 1, other)
     store.put("/a", 1)
     assert cancelled.next().key == "/a"
     watch.cancel()
