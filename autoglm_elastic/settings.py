@@ -55,6 +55,19 @@ class Membership(_Group, frozen=True):
     ] = 900.0
 
 
+class Store(_Group, frozen=True):
+    """The coordination store."""
+
+    lost_limit_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=86400,
+            description="A store that has not come back for so long ends the job, with a snapshot.",
+        ),
+    ] = 600.0
+
+
 class Recovery(_Group, frozen=True):
     """From a fault back to a committed step."""
 
@@ -123,6 +136,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The tree. Durations are seconds (`_s`), sizes are bytes (`_bytes`)."""
 
     membership: Membership = Membership()
+    store: Store = Store()
     recovery: Recovery = Recovery()
     snapshot: Snapshot = Snapshot()
     restart: Restart = Restart()

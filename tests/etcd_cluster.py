@@ -31,7 +31,8 @@ def _free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """`options`: more arguments for every member. `scheme`: of the client's side, "https" with certificates in `options`."""
+    """`options`: more arguments for every member. `scheme`: of the client's side; "https" needs certificates in
+    `options`."""
 
     def __init__(
         self, folder: Path, members: int = 1, *, options: Sequence[str] = (), scheme: str = "http"

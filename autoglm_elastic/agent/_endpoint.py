@@ -1,7 +1,7 @@
 """Who hosts the store of a run, and how the others reach it: the meaning of `--rdzv-endpoint`.
 
 The agent whose machine the endpoint names and that can listen on its port hosts the store; everybody else
-connects.
+connects. An endpoint `etcd://…` is a store of its own that nobody hosts.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import errno
 import ipaddress
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch.distributed.elastic.rendezvous.utils import (
     _matches_machine_hostname,
     parse_rendezvous_endpoint,
 )
 
-from autoglm_elastic.coordination import StoreClient, StoreServer
+from autoglm_elastic.coordination import StoreClient, StoreServer, etcd
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
+
+if TYPE_CHECKING:
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+ETCD: Final = f"{etcd.SCHEME}://"
 
 PORT_DEFAULT: Final = 29400
 """torchrun's own."""
@@ -40,10 +45,15 @@ class Attachment:
     """Our connection to the run's store. `endpoint`: "host:port" for others; `local_host`: this machine, as
     others reach it; `server`: when it is hosted here."""
 
-    client: StoreClient
+    client: StoreClient | EtcdStore
     server: StoreServer | None
     endpoint: str
     local_host: str
+
+    @property
+    def is_shared(self) -> bool:
+        """The store outlives the run, and holds others: what the run leaves in it must be cleared away."""
+        return not isinstance(self.client, StoreClient)
 
     def close(self, linger_s: float) -> None:
         self.client.close()
@@ -66,6 +76,8 @@ def attach(
         UsageError: no endpoint that can be understood.
         PlatformError: the port belongs to something else, or nobody answers within `join_timeout_s`.
     """
+    if endpoint.startswith(ETCD):
+        return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, clock)
     try:
         host, port = parse_rendezvous_endpoint(endpoint, PORT_DEFAULT)
     except ValueError as error:
@@ -88,6 +100,26 @@ def attach(
         # We sit beside the store, reached over loopback: the others know this machine by the endpoint's name.
         local_host = host
     return Attachment(client, server, f"{host}:{port}", local_host)
+
+
+def _attach_etcd(
+    endpoint: str, run_id: str, join_timeout_s: float, local_addr: str | None, clock: Clock
+) -> Attachment:
+    target = etcd.parse(endpoint)
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+    give_up_at = clock.monotonic() + join_timeout_s
+    while True:
+        try:
+            store = EtcdStore(target, timeout_s=min(REQUEST_S_MAX, join_timeout_s), job=run_id, clock=clock)
+        except StoreUnavailable as error:
+            if clock.monotonic() < give_up_at:
+                continue
+            raise PlatformError(
+                f"{error} (for {join_timeout_s:g} s)",
+                do="check that etcd runs and that this machine can reach it",
+            ) from error
+        return Attachment(store, None, endpoint, local_addr or store.local_host)
 
 
 def _try_to_host(host: str, port: int, run_id: str) -> StoreServer | None:

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 GENERATIONS_KEPT: Final = 64
 """Newest records under `generations/` in the store; the run directory has them all."""
 
-DELETES_MAX: Final = 1024
-"""Stale keys that one seal clears away; the rest waits for the next."""
+DELETES_MAX: Final = 100
+"""Stale keys that one seal clears away; the rest waits for the next. etcd takes 128 operations in a transaction
+unless it is told otherwise."""
 
 
 class Deposed(Exception):

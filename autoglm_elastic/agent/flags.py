@@ -19,9 +19,11 @@ from torch.distributed.argparse_util import check_env, env
 from torch.distributed.elastic.utils.api import macros
 
 from autoglm_elastic import settings
+from autoglm_elastic.coordination import etcd
 from autoglm_elastic.errors import UsageError
 
 BACKEND: Final = "autoglm"
+ETCD_BACKEND: Final = "autoglm-etcd"
 LOCAL_ENDPOINT: Final = "localhost:0"
 """A store of this job's own, on a free port."""
 
@@ -80,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "--store",
         action=env,
         default=None,
-        help="Store as tcp://host:port: short for --rdzv-backend=autoglm --rdzv-endpoint=host:port.",
+        help="Store as tcp://host:port, hosted by the agent there (short for --rdzv-backend=autoglm "
+        "--rdzv-endpoint=host:port), or as etcd://host:port,host:port… (docs/etcd.md).",
     )
     ours.add_argument(
         "--preload",
@@ -202,6 +205,8 @@ def _settle_rendezvous(args: argparse.Namespace) -> None:
     """Where torch's `run()` falls back to its c10d backend on a free port, use ours; else change nothing."""
     nodes_max = nodes(args)[1]
     unspecified = args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None
+    if args.rdzv_backend == ETCD_BACKEND and args.store is None:
+        args.store, args.rdzv_endpoint = f"{etcd.SCHEME}://{args.rdzv_endpoint}", ""
     if args.store is not None:
         _apply_store(args)
     elif args.standalone:
@@ -221,19 +226,33 @@ def _settle_rendezvous(args: argparse.Namespace) -> None:
 
 def _apply_store(args: argparse.Namespace) -> None:
     scheme, separator, address = args.store.partition("://")
-    if separator and scheme == "etcd":
-        raise UsageError(f"--store {args.store}: etcd is not supported yet", valid="tcp://host:port")
-    host, _, port = address.rpartition(":")
-    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"--store {args.store}", valid="tcp://host:port, such as tcp://node0:29400")
+    if separator and scheme == etcd.SCHEME:
+        address = _etcd_address(args)
+    else:
+        host, _, port = address.rpartition(":")
+        if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+            raise UsageError(
+                f"--store {args.store}", valid=f"tcp://host:port, such as tcp://node0:29400, or {etcd.VALID}"
+            )
     for name, value, default in (
         ("--standalone", args.standalone, False),
         ("--rdzv-endpoint", args.rdzv_endpoint, ""),
         ("--rdzv-backend", args.rdzv_backend, "static"),
     ):
-        if value != default and value != BACKEND:
+        if value not in (default, BACKEND, ETCD_BACKEND):
             raise UsageError(f"--store together with {name}", do="give only one of them")
     args.rdzv_backend, args.rdzv_endpoint = BACKEND, address
+
+
+def _etcd_address(args: argparse.Namespace) -> str:
+    etcd.require()
+    etcd.parse(args.store)
+    if args.rdzv_id == RUN_ID_UNSET and not args.print_config:
+        raise UsageError(
+            "a store that other jobs use, and no name for this one",
+            do="give --rdzv-id, the same to every agent of the job and to no other",
+        )
+    return str(args.store)
 
 
 def nodes(args: argparse.Namespace) -> tuple[int, int]:

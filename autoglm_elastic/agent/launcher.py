@@ -37,6 +37,7 @@ from autoglm_elastic.agent.run_dir import RunDirectory
 from autoglm_elastic.agent.zygote import Zygote
 from autoglm_elastic.errors import ExitCode, PlatformError, UsageError
 from autoglm_elastic.observe import events
+from autoglm_elastic.ports import StoreUnavailable
 from autoglm_elastic.settings import Settings
 
 SHARED_STORE_OFF: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -203,7 +204,7 @@ def _rendezvous(config: LaunchConfig, address: str | None) -> tuple[RendezvousPa
         if config.rdzv_backend == flags.BACKEND:
             return parameters, torchrun_handler()(parameters)
         return parameters, get_rendezvous_handler(parameters)
-    except (RendezvousError, dist.DistError, OSError) as error:
+    except (RendezvousError, dist.DistError, StoreUnavailable, OSError) as error:
         raise PlatformError(
             f"rendezvous {config.rdzv_backend} at {config.rdzv_endpoint}: {_one_line(error)}"
         ) from error
@@ -247,7 +248,7 @@ def _run(agent: ElasticAgent, config: LaunchConfig, name: str) -> int:
         torch_events.record(agent.get_event_succeeded(), config.event_log_handler)
     except Exception as error:
         torch_events.record(agent.get_event_failed(), config.event_log_handler)
-        if isinstance(error, RendezvousError | dist.DistError):
+        if isinstance(error, RendezvousError | dist.DistError | StoreUnavailable):
             raise PlatformError(
                 f"rendezvous {config.rdzv_backend} at {config.rdzv_endpoint}: {_one_line(error)}"
             ) from error
@@ -287,11 +288,12 @@ def _job_started(
 def _telling_how_it_ended(
     agent: ElasticAgent, log: events.EventLog, handler: RendezvousHandler
 ) -> Iterator[None]:
-    """Logs the end of the job, once a job: by the agent that hosts its store."""
+    """Logs the end of the job, once a job: by the agent that speaks for it."""
     ours = handler if isinstance(handler, AutoglmRendezvousHandler) else None
-    if ours is not None and not ours.hosts_store:
-        yield
-        return
+
+    def tell(event: events.Event) -> None:
+        if ours is None or ours.speaks_for_job:
+            log.emit(event)
 
     def where() -> dict[str, int]:
         current = None if ours is None else ours.current
@@ -303,21 +305,21 @@ def _telling_how_it_ended(
     try:
         yield
     except SignalException as error:
-        log.emit(events.JobStopped(signal=int(error.sigval), step=where()["step"]))
+        tell(events.JobStopped(signal=int(error.sigval), step=where()["step"]))
         raise
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         reason = f"rank {rank}: exit code {failure.exitcode}: {_first_message(failure)}"
         exit_code = int(exit_code_of(error))
-        log.emit(events.JobFailed(reason=reason, generation=where()["generation"], exit_code=exit_code))
+        tell(events.JobFailed(reason=reason, generation=where()["generation"], exit_code=exit_code))
         raise
     except Exception as error:
-        log.emit(events.JobFailed(reason=_one_line(error), generation=where()["generation"]))
+        tell(events.JobFailed(reason=_one_line(error), generation=where()["generation"]))
         raise
     if agent.requeue:
-        log.emit(events.JobStopped(signal=0, step=where()["step"], requeue=True))
+        tell(events.JobStopped(signal=0, step=where()["step"], requeue=True))
     else:
-        log.emit(events.JobFinished(**where()))
+        tell(events.JobFinished(**where()))
 
 
 def _first_message(failure: ProcessFailure) -> str:

@@ -28,9 +28,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from autoglm_elastic.agent import _etcd_options
 from autoglm_elastic.agent._endpoint import attach
+from autoglm_elastic.agent._keys import Keys
+from autoglm_elastic.agent._sweep import sweep
 from autoglm_elastic.agent.session import NodeSession, NotJoined, RunClosed, Superseded, WaitTimeout
-from autoglm_elastic.coordination import SystemClock
+from autoglm_elastic.coordination import StoreRefused, SystemClock
 from autoglm_elastic.core.membership import Failure, Generation, Policy
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
@@ -38,6 +41,8 @@ from autoglm_elastic.ports import Clock, StoreUnavailable
 log = logging.getLogger(__name__)
 
 BACKEND: Final = "autoglm"
+ETCD_BACKEND: Final = "autoglm-etcd"
+"""The same with an endpoint of etcd's, for torchrun: `--rdzv-endpoint=host:port,host:port`."""
 
 JOIN_TIMEOUT_S: Final = 600.0
 JOIN_WINDOW_S: Final = 2.0
@@ -72,7 +77,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
 
     def __init__(self, params: RendezvousParameters, *, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._run_id = params.run_id
+        self._run_id, self._backend = params.run_id, params.backend
         self._join_timeout_s = _number(params, "join_timeout", _number(params, "timeout", JOIN_TIMEOUT_S))
         policy = Policy(
             nodes_min=params.min_nodes,
@@ -96,6 +101,8 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             clock=self._clock,
         )
         try:
+            if self._attachment.is_shared:
+                sweep(self._attachment.client, Keys(params.run_id))
             self.session = NodeSession(
                 self._attachment.client,
                 run_id=params.run_id,
@@ -124,11 +131,20 @@ class AutoglmRendezvousHandler(RendezvousHandler):
         return self._attachment.server is not None
 
     @property
+    def speaks_for_job(self) -> bool:
+        """Whether this agent tells how the job ended: the host of its store or, where nobody hosts it, the first
+        node."""
+        if not self._attachment.is_shared:
+            return self.hosts_store
+        placement = None if self.current is None else self.current.placement(self.session.node)
+        return placement is not None and placement.group_rank == 0
+
+    @property
     def use_agent_store(self) -> bool:
         return True
 
     def get_backend(self) -> str:
-        return BACKEND
+        return self._backend
 
     def get_run_id(self) -> str:
         return self._run_id
@@ -272,6 +288,11 @@ class AutoglmRendezvousHandler(RendezvousHandler):
                 log.info("the run could not be closed: %s", error)
                 told = False
         self.session.close()
+        if self._attachment.is_shared and self._attachment.client.is_connected:
+            try:
+                sweep(self._attachment.client, Keys(self._run_id))
+            except (StoreUnavailable, StoreRefused) as error:
+                log.info("the run's keys are left to expire: %s", error)
         self._attachment.close(LINGER_S_MAX)
         self._c10d_stores.clear()
         return told
@@ -280,6 +301,11 @@ class AutoglmRendezvousHandler(RendezvousHandler):
 def torchrun_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """Entry point of the group `torchrun.handlers`."""
     return AutoglmRendezvousHandler
+
+
+def torchrun_etcd_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """Entry point of the group `torchrun.handlers`."""
+    return lambda params: AutoglmRendezvousHandler(_etcd_options.with_endpoint(params))
 
 
 def _number(params: RendezvousParameters, name: str, default: float) -> float:

@@ -50,6 +50,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+UNKNOWN_JOINS_MAX: Final = 3
+"""Attempts to join whose outcome the store did not tell: each begins anew, with a lease of its own."""
+
 JOIN_ATTEMPTS_MAX: Final = 5
 """Two agents that take the same node's name at once get in each other's way at most so often."""
 
@@ -150,13 +153,7 @@ class NodeSession:
             if self._lost_lease:
                 # It may still stand in the store, and hold the leadership of our former incarnation.
                 self._revoke(self._lost_lease)
-            granted_at = self._clock.monotonic()
-            lease = self.store.lease_grant(self._lease_s)
-            try:
-                me = self._enlist(lease)
-            except BaseException:
-                self._revoke(lease)
-                raise
+            me, lease, granted_at = self._enter()
             self._loop.enlisted(me, lease)
             self._keeper = LeaseKeeper(
                 self.store,
@@ -345,6 +342,22 @@ class NodeSession:
                 self._loop.changed.wait(remaining_s)
 
     # Inside
+
+    def _enter(self) -> tuple[Member, int, float]:
+        """A lease, this node's key under it, and when the lease was asked for."""
+        for attempt in range(UNKNOWN_JOINS_MAX):
+            granted_at = self._clock.monotonic()
+            lease = self.store.lease_grant(self._lease_s)
+            try:
+                return self._enlist(lease), lease, granted_at
+            except StoreUnavailable as error:
+                self._revoke(lease)
+                if not error.sent or attempt + 1 == UNKNOWN_JOINS_MAX:
+                    raise
+            except BaseException:
+                self._revoke(lease)
+                raise
+        raise NotJoined("no attempt to join was made")
 
     def _enlist(self, lease: int) -> Member:
         """Write this node's key as a new incarnation under `lease`."""

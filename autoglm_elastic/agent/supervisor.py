@@ -22,7 +22,6 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
@@ -30,6 +29,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
+from autoglm_elastic.agent._store_side import StoreSide
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
 from autoglm_elastic.agent.session import (
     Closed,
@@ -38,6 +38,7 @@ from autoglm_elastic.agent.session import (
     RunClosed,
     Sealed,
     StoreBack,
+    StoreLost,
     Superseded,
     WaitTimeout,
 )
@@ -74,7 +75,7 @@ class Supervisor:
         self._reported_finished = -1
         self._started_at = 0.0
         self._planned = False
-        self._untold: list[Callable[[], None]] = []
+        self._store = StoreSide(agent.settings.store.lost_limit_s)
         self._failures: dict[int, ProcessFailure] = {}
         self._result: RunResult | None = None
         self._running = False
@@ -121,14 +122,17 @@ class Supervisor:
                 self._on_closed(event)
             elif isinstance(event, LeaseLost):
                 self._on_lease_lost(event)
+            elif isinstance(event, StoreLost):
+                self._store.lost(event)
             elif isinstance(event, StoreBack):
-                self._tell_again()
+                self._store.back()
         self._on_deadlines()
 
     def _seconds_to_deadline(self) -> float:
         deadlines = [slot.unwind_deadline for slot in self._slots] + [
             self._stop_deadline,
             self._finish_deadline,
+            self._store.deadline,
         ]
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return WAIT_S_MAX if due is None else min(WAIT_S_MAX, max(0.0, due - time.monotonic()))
@@ -182,7 +186,7 @@ class Supervisor:
                 self._log_started(slot)
             self._handler.settle()
         self._started_at = time.monotonic()
-        self._tell(lambda: self._session.report_entered(generation.number))
+        self._store.tell(lambda: self._session.report_entered(generation.number))
 
     def _can_stay(self) -> bool:
         """Everybody who is alive here runs `elastic.run` (and whoever died did)."""
@@ -246,6 +250,18 @@ class Supervisor:
             self._stop_group("the job is done")
         ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
         self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
+
+    def _give_up_store(self) -> None:
+        """The store did not come back in time: leave, with a snapshot while there are workers that can take one."""
+        error = self._store.give_up()
+        if not self._running or not self._can_stay():
+            if self._running:
+                self._stop_group(str(error))
+            raise error
+        if self._all_finished():
+            self._succeed()
+        elif self._stop_deadline is None:
+            self._ask_to_leave(signal.SIGTERM)
 
     def _on_lease_lost(self, event: LeaseLost) -> None:
         """Fence ourselves: nothing of this node may run on once others may think it dead."""
@@ -317,10 +333,12 @@ class Supervisor:
 
     def _finish(self) -> None:
         generation = self._current()
-        if self._reported_finished < generation.number:
+        if self._store.gave_up:
+            self._succeed()
+        elif self._reported_finished < generation.number:
             self._reported_finished = generation.number
             self._finish_deadline = time.monotonic() + self._agent.finish_timeout_s
-            self._tell(lambda: self._session.report_finished(generation.number))
+            self._store.tell(lambda: self._session.report_finished(generation.number))
 
     def _on_death(self, slot: WorkerSlot) -> None:
         generation = self._current()
@@ -389,31 +407,13 @@ class Supervisor:
             )
         )
         alive_s = time.monotonic() - self._started_at
-        self._tell(lambda: self._session.report_broken(generation.number, failure, alive_s=alive_s))
+        self._store.tell(lambda: self._session.report_broken(generation.number, failure, alive_s=alive_s))
 
     def _fail_for_good(self, failure: Failure) -> None:
-        self._tell(lambda: self._session.close_run("failed", str(failure), failure))
+        self._store.tell(lambda: self._session.close_run("failed", str(failure), failure))
         if self._running:
             self._stop_group(str(failure))
         self._result = RunResult(WorkerState.FAILED, failures=self._failures)
-
-    def _tell(self, report: Callable[[], None]) -> None:
-        """Report to the store; while it does not answer the report is kept until it is back (or our lease is lost).
-
-        Reports may be repeated: each is one key with one content.
-        """
-        try:
-            report()
-        except StoreUnavailable as error:
-            logger.warning("the store does not answer, will tell it later: %s", error)
-            self._untold.append(report)
-        except NotJoined as error:
-            logger.warning("not reported: %s", error)
-
-    def _tell_again(self) -> None:
-        untold, self._untold = self._untold, []
-        for report in untold:
-            self._tell(report)
 
     def _stop_group(self, reason: str) -> None:
         logger.info("stopping the workers of this node: %s", reason)
@@ -452,6 +452,8 @@ class Supervisor:
                     )
                 )
                 self._agent.kill(slot)
+        if self._store.deadline is not None and now >= self._store.deadline and self._result is None:
+            self._give_up_store()
         if self._stop_deadline is not None and now >= self._stop_deadline:
             raise SignalException("the workers did not leave in time", self._stop_signal)
         if self._finish_deadline is not None and now >= self._finish_deadline and self._result is None:
@@ -466,6 +468,10 @@ class Supervisor:
         )
         if not graceful:
             raise SignalException(f"got signal {received.name}", received)
+        self._ask_to_leave(received)
+
+    def _ask_to_leave(self, received: signal.Signals) -> None:
+        """The workers agree on a boundary, commit a snapshot there, and end."""
         self._stop_signal = received
         self._stop_deadline = time.monotonic() + self._agent.stop_timeout_s
         for slot in self._slots:

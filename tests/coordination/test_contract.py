@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from etcd_cluster import Cluster, needs_etcd
 
 from autoglm_elastic.coordination import (
@@ -65,7 +64,8 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for store in hosted(request.param):
             yield Subject(store, lambda _: monkeypatch.setattr(limits, "HISTORY_EVENTS_MAX", 8))
         return
-    from autoglm_elastic.coordination.etcd import EtcdStore, parse
+    from autoglm_elastic.coordination.etcd import parse
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
 
     running = request.getfixturevalue("cluster")
     running.ask(0, "kv/deleterange", {"key": "AA==", "range_end": "AA=="})

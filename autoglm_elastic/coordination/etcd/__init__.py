@@ -1,10 +1,33 @@
-"""The coordination store on etcd v3: `EtcdStore`, and `parse` for its address.
+"""The coordination store on etcd v3: what its address means, here; the store itself in `store.py`.
 
-Needs the packages of the extra `etcd`; importing this package without them raises `UsageError` with the command to run.
-It starts threads (grpc's and its own) when a store is opened, so not before the zygote is forked.
+This face needs no package of the extra `etcd` and imports none, so that an address can be checked before
+anything starts. `store.py` does, and starts threads when a store is opened: not before the zygote is forked.
 """
 
-from autoglm_elastic.coordination.etcd.store import EtcdStore
-from autoglm_elastic.coordination.etcd.target import SCHEME, EtcdTarget, parse
+from __future__ import annotations
 
-__all__ = ["SCHEME", "EtcdStore", "EtcdTarget", "parse"]
+import importlib.util
+from typing import Final
+
+from autoglm_elastic.coordination.etcd.target import SCHEME, VALID, EtcdTarget, parse
+from autoglm_elastic.errors import UsageError
+
+__all__ = ["SCHEME", "VALID", "EtcdTarget", "parse", "require"]
+
+_MODULES: Final = ("etcd3", "grpc", "google.protobuf")
+
+
+def require() -> None:
+    """Raises `UsageError` when a package of the extra is not installed. Imports none."""
+    missing = [name for name in _MODULES if not _is_there(name)]
+    if missing:
+        raise UsageError(
+            f"etcd needs {', '.join(missing)}, not installed", do="pip install 'autoglm-elastic[etcd]'"
+        )
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from autoglm_elastic.errors import UsageError
+from autoglm_elastic.coordination.etcd import require
 
 _PARTS: Final = ("kv", "auth", "rpc")
 """The files of etcd's API, each after those it needs."""
@@ -29,25 +29,14 @@ _MESSAGE_TYPE: Final = 11
 _OPTIONAL: Final = 1
 
 
-def _missing(error: ImportError | None = None) -> UsageError:
-    return UsageError(
-        f"etcd needs packages that are not installed{f' ({error})' if error else ''}",
-        do="pip install 'autoglm-elastic[etcd]'",
-    )
-
-
-try:
-    import grpc
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-except ImportError as error:
-    raise _missing(error) from error
+require()
+import grpc  # noqa: E402
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # noqa: E402
 
 
 def _package_folder() -> Path:
     spec = importlib.util.find_spec("etcd3")
-    if spec is None or spec.origin is None:
-        raise _missing()
-    return Path(spec.origin).parent
+    return Path(str(spec and spec.origin)).parent
 
 
 def _descriptor(file: Path) -> Any:
@@ -117,10 +106,7 @@ def _build_etcdrpc(folder: Path) -> ModuleType:
 
 if "etcd3.etcdrpc" not in sys.modules:
     sys.modules["etcd3.etcdrpc"] = _build_etcdrpc(_package_folder())
-try:
-    import etcd3
-    from etcd3 import etcdrpc, transactions, utils
-except ImportError as error:
-    raise _missing(error) from error
+import etcd3  # noqa: E402
+from etcd3 import etcdrpc, transactions, utils  # noqa: E402
 
 __all__ = ["etcd3", "etcdrpc", "grpc", "transactions", "utils"]
