@@ -119,6 +119,15 @@ class GenerationSealed(Event, frozen=True, kw_only=True):
     restart_count: int = 0
 
 
+class GenerationUnrecorded(Event, frozen=True, kw_only=True):
+    """The lineage record of `generation` could not be written. Training goes on; no snapshot is committed
+    before it is written."""
+
+    event_name: ClassVar = "generation.unrecorded"
+    generation: int
+    reason: str
+
+
 class WorkerStarted(Event, frozen=True, kw_only=True):
     """A worker process exists."""
 

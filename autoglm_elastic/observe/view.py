@@ -160,6 +160,10 @@ class RunView:
                 return [("note", f"snapshot of step {event.step} committed ({size(event.nbytes)})")]
             case events.SnapshotAborted() | events.SnapshotFailed():
                 return [("bad", f"snapshot of step {event.step} was given up: {shortened(event.reason)}")]
+            case events.GenerationUnrecorded():
+                return [
+                    ("bad", f"no snapshots before the record of generation {event.generation} can be written")
+                ]
             case events.SnapshotRejected():
                 return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
             case events.FallbackSpawn():

@@ -6,7 +6,7 @@ Nothing here moves tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,19 +22,21 @@ from autoglm_elastic.ports import Outcome
 @dataclass(frozen=True, slots=True)
 class Held:
     """What one rank brings along. `job`: seed and cursors; `seed`: of its torch; `names`: what it tracks;
-    `shards`: how many make up its sharded state."""
+    `shards`: how many make up its sharded state; `unwritten`: lineage records that the disk did not take."""
 
     holding: Holding
     job: dict[str, Any]
     seed: int
     names: tuple[str, ...] = ()
     shards: int = 0
+    unwritten: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for
-    a state from disk its `entry` and `layouts`."""
+    a state from disk its `entry` and `layouts`. `unwritten`: lineage records that the disk did not take,
+    oldest first: no snapshot is committed before they are written."""
 
     plan: Plan
     job: dict[str, Any]
@@ -42,6 +44,7 @@ class Agreement:
     entry: str | None = None
     holders: tuple[int, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
+    unwritten: tuple[dict[str, Any], ...] = ()
 
 
 class Stored:
@@ -60,6 +63,9 @@ class Stored:
 
     def put_generation(self, record: GenerationRecord) -> Outcome:
         return Outcome.OK
+
+    def owing(self, record: GenerationRecord, reason: str) -> None:
+        """A record could not be written; it has to be before a snapshot is committed."""
 
     def reject(self, entry: str, reason: str) -> None:
         """A candidate did not verify."""
@@ -82,7 +88,8 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
 
 def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
     """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
-    entries, records = stored.entries(), stored.records()
+    owed = _owed(held)
+    entries, records = stored.entries(), _with(stored.records(), owed)
     shards = max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
     expected = frozenset(f"{shard}/{shards}" for shard in range(shards))
     opened: Mapping[str, Any] = {}
@@ -103,20 +110,56 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             plan = _resuming_from(entry, plan)
             break
         entries = [fact for fact in entries if fact.name not in plan.entries]
-    outcome = stored.put_generation(plan.record(generation, entry))
-    if outcome is Outcome.CONFLICT:
-        raise FencedError(f"generation {generation} was recorded by somebody else: this one is stale")
-    if outcome is Outcome.UNKNOWN:
-        raise PlatformError(
-            f"the record of generation {generation} could not be written", do="check the run directory"
-        )
+    record = plan.record(generation, entry)
+    owed = write_records(stored, [*owed, record], required=plan.tier == "fresh")
+    unwritten = tuple(record.to_json() for record in owed)
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
         holders = _holders(plan, held, shards) if source.holding.sharded else ()
-        return Agreement(plan, source.job, frozenset(source.names), holders=holders)
+        return Agreement(plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten)
     if plan.tier == "disk":
-        return Agreement(plan, dict(opened["job"]), entry=entry, layouts=dict(opened["layouts"]))
-    return Agreement(plan, {"seed": held[0].seed, "cursors": {}})
+        job, layouts = dict(opened["job"]), dict(opened["layouts"])
+        return Agreement(plan, job, entry=entry, layouts=layouts, unwritten=unwritten)
+    return Agreement(plan, {"seed": held[0].seed, "cursors": {}}, unwritten=unwritten)
+
+
+def write_records(
+    stored: Stored, records: Sequence[GenerationRecord], *, required: bool = False
+) -> list[GenerationRecord]:
+    """Put lineage records, oldest first, until one cannot be written; those that are left.
+
+    Raises:
+        FencedError: somebody else has the number of one of them.
+        PlatformError: one could not be written and is `required`: nothing is there yet that could go on.
+    """
+    for done, record in enumerate(records):
+        reason = "its state is not known"
+        try:
+            outcome = stored.put_generation(record)
+        except PlatformError as error:
+            outcome, reason = Outcome.UNKNOWN, error.got
+        if outcome is Outcome.CONFLICT:
+            raise FencedError(f"generation {record.number} was recorded by somebody else: this one is stale")
+        if outcome is Outcome.UNKNOWN and required:
+            raise PlatformError(
+                f"the record of generation {record.number} could not be written: {reason}",
+                do="check the run directory",
+            )
+        if outcome is Outcome.UNKNOWN:
+            stored.owing(record, reason)
+            return list(records[done:])
+    return []
+
+
+def _owed(held: Sequence[Held]) -> list[GenerationRecord]:
+    records = [GenerationRecord.from_json(data) for one in held for data in one.unwritten]
+    return _with([], records)
+
+
+def _with(records: Iterable[GenerationRecord], more: Iterable[GenerationRecord]) -> list[GenerationRecord]:
+    """By number; what is written counts."""
+    known = {record.number: record for record in [*more, *records]}
+    return [known[number] for number in sorted(known)]
 
 
 def _holders(plan: Plan, held: list[Held], shards: int) -> tuple[int, ...]:
@@ -154,7 +197,14 @@ def _to_json(held: Held) -> dict[str, Any]:
 
 
 def _held(data: dict[str, Any]) -> Held:
-    return Held(Holding(**data["holding"]), data["job"], data["seed"], tuple(data["names"]), data["shards"])
+    return Held(
+        Holding(**data["holding"]),
+        data["job"],
+        data["seed"],
+        tuple(data["names"]),
+        data["shards"],
+        tuple(data["unwritten"]),
+    )
 
 
 def _from_json(data: dict[str, Any]) -> Agreement:
@@ -166,4 +216,5 @@ def _from_json(data: dict[str, Any]) -> Agreement:
         data["entry"],
         tuple(data["holders"]),
         data["layouts"],
+        tuple(data["unwritten"]),
     )

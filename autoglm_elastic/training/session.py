@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from autoglm_elastic import wire
+from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.core.recovery import Holding
 from autoglm_elastic.core.split import Cursor
 from autoglm_elastic.errors import ExitCode
@@ -68,6 +69,7 @@ class Session:
         self._shard = (0, 0)
         self._snapshot_step = -1
         self._snapshots: Snapshots | None = None
+        self._unwritten: tuple[dict[str, Any], ...] = ()
         self._store: Any = None
         self._remains: list[Any] = []
         self._generation = -1
@@ -207,13 +209,22 @@ class Session:
             sharded=whole and self.state.sharded,
             shard=f"{rank}/{size}",
         )
-        return Held(holding, self.describe_job(), self._initial_seed, tuple(self.state.names), size)
+        return Held(
+            holding,
+            self.describe_job(),
+            self._initial_seed,
+            tuple(self.state.names),
+            size,
+            self._unwritten,
+        )
 
     def _begin(self, world: wire.World, agreement: Agreement) -> None:
         plan = agreement.plan
         load = None
         if self._snapshots is not None:
-            self._snapshots.resumed_at(max(plan.step, 0))
+            self._unwritten = agreement.unwritten
+            records = [GenerationRecord.from_json(data) for data in agreement.unwritten]
+            self._snapshots.resumed_at(max(plan.step, 0), records)
         if agreement.entry is not None and self._snapshots is not None:
             load = self._snapshots.loader(agreement.entry)
             self._snapshot_step = plan.step

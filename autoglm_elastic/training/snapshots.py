@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
-from autoglm_elastic.errors import CorruptSnapshot, ElasticError, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, Votes, VotesLost
 from autoglm_elastic.settings import Settings
-from autoglm_elastic.training.agreement import Stored
+from autoglm_elastic.training.agreement import Stored, write_records
 
 if TYPE_CHECKING:
     from autoglm_elastic.snapshot import CheckpointManager
@@ -81,6 +81,16 @@ class SnapshotRequest:
         return self._handle is not None and bool(self._handle.wait(limit_s).committed)
 
 
+class _Unrecorded:
+    """Staged in place of a state, makes this rank vote against the snapshot."""
+
+    def __init__(self, generation: int) -> None:
+        self._generation = generation
+
+    def to_state(self) -> Any:
+        raise PlatformError(f"the record of generation {self._generation} is not written yet")
+
+
 class Snapshots(Stored):
     """One generation's access to the run directory.
 
@@ -122,6 +132,7 @@ class Snapshots(Stored):
         self._begun_step = -1
         self._last_step = 0
         self.committed_step = -1
+        self._owed: list[GenerationRecord] = []
         self._broken = False
         self._enough = threading.Event()
         """Ends the wait under way."""
@@ -148,14 +159,19 @@ class Snapshots(Stored):
     def put_generation(self, record: GenerationRecord) -> Outcome:
         return self.manager.put_generation(record)
 
+    def owing(self, record: GenerationRecord, reason: str) -> None:
+        self._emit("generation.unrecorded", {"generation": record.number, "reason": reason})
+
     def reject(self, entry: str, reason: str) -> None:
         self._emit("snapshot.rejected", {"entry": entry, "reason": reason})
 
     # What the running job needs.
 
-    def resumed_at(self, step: int) -> None:
-        """Where the generation begins: steps count from there."""
+    def resumed_at(self, step: int, unwritten: Iterable[GenerationRecord]) -> None:
+        """Where the generation begins: steps count from there. `unwritten`: records that must be on disk
+        before a snapshot can be."""
         self._last_step = step
+        self._owed = list(unwritten)
 
     def loader(self, entry: str) -> Callable[[dict[str, Any]], None]:
         def load(state: dict[str, Any]) -> None:
@@ -192,6 +208,10 @@ class Snapshots(Stored):
             if self._votes.world_size > 1 and not self._votes.bound:
                 self._votes.bind(self._votes_group())
             self.wait(PREVIOUS_LIMIT_S)
+            if self._rank == 0 and self._owed:
+                self._owed = write_records(self, self._owed)
+                if self._owed:
+                    state = {OURS: _Unrecorded(self._owed[0].number)}
             self._handle = self.manager.save(step, state, metrics=dict(metrics), agreed=True)
             self._begun_step = self._last_step = step
         except (ElasticError, OSError, RuntimeError) as error:
