@@ -38,6 +38,8 @@ _OURS: Final = (
     "catalog",
     "manifests",
     "generations",
+    "retired",
+    "tags",
     "packs",
     "logs",
     "metrics.jsonl",
@@ -86,7 +88,7 @@ class RunDirectory:
         self.path = Path(path).absolute()
         self._lock_fd = -1
         self._run_id_given = run_id
-        info = self._read_info()
+        info = _read_info(self.path)
         if info is not None:
             self._check(info, run_id)
         self.run_id = info.run_id if info is not None else run_id or str(uuid.uuid4())
@@ -103,7 +105,7 @@ class RunDirectory:
                 command=command,
             )
             self._put_if_absent(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
-        written = self._read_info()
+        written = _read_info(self.path)
         if written is None:
             raise UsageError(f"run directory {self.path}: {RUN_NAME} vanished while the job began")
         self._check(written, self._run_id_given)
@@ -189,35 +191,12 @@ class RunDirectory:
         return entries
 
     def _check(self, info: RunInfo, run_id: str | None) -> None:
-        if info.format_version > FORMAT_VERSION:
-            raise UsageError(
-                f"run directory {self.path} has format version {info.format_version}",
-                valid=f"up to {FORMAT_VERSION}",
-                do="use the newer autoglm-elastic that wrote it, or another --run-dir",
-            )
+        _check_format(self.path, info)
         if run_id is not None and info.run_id != run_id:
             raise UsageError(
                 f"run directory {self.path} belongs to run {info.run_id}, not {run_id}",
                 do="give another --run-dir, or leave --rdzv-id out to go on with that run",
             )
-
-    def _read_info(self) -> RunInfo | None:
-        path = self.path / RUN_NAME
-        try:
-            with path.open("rb") as file:
-                data = file.read(_RUN_BYTES_MAX + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UsageError(f"run directory {self.path}: {error.strerror}") from error
-        try:
-            if len(data) > _RUN_BYTES_MAX:
-                raise ValueError(f"larger than {_RUN_BYTES_MAX} bytes")
-            return msgspec.json.decode(data, type=RunInfo)
-        except (msgspec.DecodeError, ValueError) as error:
-            raise UsageError(
-                f"{path} is damaged: {error}", do="restore the file, or give another --run-dir"
-            ) from error
 
     def _check_writable(self) -> None:
         existing = self.path
@@ -252,6 +231,41 @@ class RunDirectory:
             yield
         except OSError as error:
             raise UsageError(f"run directory {self.path}: {error.strerror}") from error
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+    """For who only reads the directory. Raises UsageError for a newer format or a damaged run.json."""
+    info = _read_info(Path(path))
+    if info is not None:
+        _check_format(Path(path), info)
+
+
+def _check_format(path: Path, info: RunInfo) -> None:
+    if info.format_version > FORMAT_VERSION:
+        raise UsageError(
+            f"run directory {path} has format version {info.format_version}",
+            valid=f"up to {FORMAT_VERSION}",
+            do="use the newer autoglm-elastic that wrote it, or another --run-dir",
+        )
+
+
+def _read_info(run_dir: Path) -> RunInfo | None:
+    path = run_dir / RUN_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(_RUN_BYTES_MAX + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"run directory {run_dir}: {error.strerror}") from error
+    try:
+        if len(data) > _RUN_BYTES_MAX:
+            raise ValueError(f"larger than {_RUN_BYTES_MAX} bytes")
+        return msgspec.json.decode(data, type=RunInfo)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is damaged: {error}", do="restore the file, or give another --run-dir"
+        ) from error
 
 
 def _names(folder: Path) -> list[str]:

@@ -16,6 +16,8 @@ HEADER_BYTES_MAX: Final = 64 << 20
 """A pack's safetensors header; below the 100 MB that the safetensors library accepts."""
 ENTRIES_MAX: Final = 100_000
 """Catalog entries looked at in one directory."""
+TAGS_MAX: Final = 1000
+"""Tags are for people."""
 
 TENSORS_MAX: Final = 1_000_000
 CHUNKS_MAX: Final = 4_000_000

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from autoglm_elastic.catalog import packs
-from autoglm_elastic.catalog.format import Chunk, Manifest, pack_path
+from autoglm_elastic.catalog.format import Chunk, Manifest, Pack, pack_path
 from autoglm_elastic.errors import CorruptSnapshot
 from autoglm_elastic.ports import BlobReader, StreamBlobs
 
@@ -34,6 +34,10 @@ class OpenPacks:
             for reader in self._readers.values():
                 reader.close()
             self._readers.clear()
+
+    def pack(self, number: int) -> Pack:
+        """As the manifest lists it."""
+        return self._manifest.packs[number]
 
     def reader(self, number: int) -> BlobReader:
         """Raises CorruptSnapshot for a pack that is missing or has another size."""

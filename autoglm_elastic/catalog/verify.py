@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Final
 
 from autoglm_elastic.catalog import format as fmt
-from autoglm_elastic.catalog import packs
+from autoglm_elastic.catalog import limits, packs
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.opened import OpenPacks
 from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.ports import BlobReader, StreamBlobs
 
-_BLOCK_BYTES: Final = 8 << 20
+_BLOCK_BYTES: Final = 4 << 20
+_BATCH: Final = 256
+"""Chunks given to the threads at once."""
+
+OnBytes = Callable[[int], None]
+
+
+def _nobody(nbytes: int) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +44,14 @@ class Problem:
         )
 
 
-def verify(blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry) -> list[Problem]:
-    """Everything that is wrong with a snapshot; empty when every byte is right. Raises nothing but bugs."""
+def verify(
+    blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry, *, on_bytes: OnBytes = _nobody
+) -> list[Problem]:
+    """Everything that is wrong with a snapshot; empty when every byte is right. Raises nothing but bugs.
+
+    Args:
+        on_bytes: called with the number of bytes that were just checked, from one thread at a time.
+    """
     try:
         manifest = catalog.manifest(entry)
     except ElasticError as error:
@@ -43,9 +60,15 @@ def verify(blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry) -> lis
     if sum(pack.nbytes for pack in manifest.packs) != entry.nbytes:
         problems.append(Problem(fmt.entry_path(entry.name), "", "its size differs from the manifest's"))
     boxes: dict[str, list[fmt.Box]] = {name: [] for name in manifest.tensors}
-    with OpenPacks(blobs, manifest) as opened:
-        for number, pack in enumerate(manifest.packs):
-            problems.extend(_verify_pack(opened, number, fmt.pack_path(pack.sha256), boxes))
+    with (
+        OpenPacks(blobs, manifest) as opened,
+        ThreadPoolExecutor(limits.READ_THREADS_MAX, thread_name_prefix="autoglm-verify") as pool,
+    ):
+        for batch in _batches(_chunks(opened, manifest, boxes, problems)):
+            for job, problem in zip(batch, pool.map(partial(_check, opened), batch), strict=True):
+                on_bytes(job.chunk.nbytes)
+                if problem is not None:
+                    problems.append(problem)
     if not problems:
         for name, tensor in manifest.tensors.items():
             wrong = fmt.cover_problem(tensor.shape, boxes[name])
@@ -54,19 +77,42 @@ def verify(blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry) -> lis
     return problems
 
 
-def _verify_pack(
-    opened: OpenPacks, number: int, path: str, boxes: dict[str, list[fmt.Box]]
-) -> Iterator[Problem]:
-    try:
-        chunks = opened.chunks(number)
-        reader = opened.reader(number)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    number: int
+    tensor: str
+    chunk: fmt.Chunk
+
+
+def _chunks(
+    opened: OpenPacks, manifest: fmt.Manifest, boxes: dict[str, list[fmt.Box]], problems: list[Problem]
+) -> Iterator[_Job]:
+    """Every chunk in the order of the files; a pack whose header is damaged is a problem instead."""
+    for number, pack in enumerate(manifest.packs):
+        try:
+            chunks = opened.chunks(number)
+        except ElasticError as error:
+            problems.append(Problem(fmt.pack_path(pack.sha256), "", str(error)))
+            continue
         for name, some in chunks.items():
-            for chunk in some:
-                boxes[name].append((chunk.offsets, chunk.sizes))
-                if _digests(reader, chunk) != (chunk.xxh3, chunk.sha256):
-                    yield Problem(path, name, f"the digest of its chunk at {list(chunk.offsets)} differs")
+            boxes[name].extend((chunk.offsets, chunk.sizes) for chunk in some)
+            yield from (_Job(number, name, chunk) for chunk in some)
+
+
+def _batches(jobs: Iterator[_Job]) -> Iterator[list[_Job]]:
+    while batch := list(islice(jobs, _BATCH)):
+        yield batch
+
+
+def _check(opened: OpenPacks, job: _Job) -> Problem | None:
+    path = fmt.pack_path(opened.pack(job.number).sha256)
+    try:
+        right = _digests(opened.reader(job.number), job.chunk) == (job.chunk.xxh3, job.chunk.sha256)
     except ElasticError as error:
-        yield Problem(path, "", str(error))
+        return Problem(path, job.tensor, str(error))
+    if right:
+        return None
+    return Problem(path, job.tensor, f"the digest of its chunk at {list(job.chunk.offsets)} differs")
 
 
 def _digests(reader: BlobReader, chunk: fmt.Chunk) -> tuple[str, str]:

@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
+from autoglm_elastic.cli import ckpt
 from autoglm_elastic.errors import ElasticError, ExitCode
 
 app = typer.Typer(
@@ -27,9 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 bench = typer.Typer(help="Benchmarks against torchrun, on this machine.")
-ckpt = typer.Typer(help="Snapshots of a run.")
 app.add_typer(bench, name="bench")
-app.add_typer(ckpt, name="ckpt")
+app.add_typer(ckpt.app, name="ckpt")
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
@@ -122,43 +121,6 @@ def status(run: RunDir, as_json: AsJson = False) -> None:
     _json(told) if as_json else _lines(room.lines(told))
 
 
-@ckpt.command("ls")
-def ckpt_ls(run: RunDir, as_json: AsJson = False) -> None:
-    """The committed snapshots of a run, oldest first."""
-    from autoglm_elastic.observe.text import size
-
-    entries = _manager(run).entries()
-    if as_json:
-        _json(entries)
-        return
-    for entry in entries:
-        when = datetime.fromtimestamp(entry.wall_time).strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{entry.name}  {when}  {size(entry.nbytes):>10}  {entry.tensors} tensors  {entry.kind}")
-    if not entries:
-        print("no snapshots")
-
-
-@ckpt.command("verify")
-def ckpt_verify(
-    run: RunDir,
-    entry: Annotated[str | None, typer.Argument(help="Name of a snapshot; default: all.")] = None,
-) -> int:
-    """Read every byte of a run's snapshots and check it. Exit code 1 when something does not verify."""
-    from autoglm_elastic.observe.text import count
-
-    manager = _manager(run)
-    names = [entry] if entry is not None else [known.name for known in manager.entries()]
-    problems = 0
-    for name in names:
-        found = manager.verify(name)
-        problems += len(found)
-        print(f"{name}: {count(len(found), 'problem') if found else 'every byte verifies'}")
-        _lines(f"  {problem}" for problem in found)
-    if not names:
-        print("no snapshots")
-    return ExitCode.FAILED if problems else ExitCode.DONE
-
-
 @app.command()
 def simulate(
     seeds: Annotated[int, typer.Option(help="How many simulated jobs.")] = 1000,
@@ -188,15 +150,6 @@ def config(
 
     given = [settings.override(text) for text in overrides or ()]
     print(settings.to_yaml(settings.explain(settings.load(file, os.environ, given))), end="")
-
-
-def _manager(run: Path) -> Any:
-    from autoglm_elastic.errors import UsageError
-    from autoglm_elastic.snapshot import CheckpointManager
-
-    if not run.is_dir():
-        raise UsageError(f"no run directory {run}", valid="what was given as autoglm-run --run-dir")
-    return CheckpointManager(run)
 
 
 def _one_line(error: Any) -> str:

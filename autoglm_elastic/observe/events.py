@@ -235,6 +235,36 @@ class SnapshotRejected(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class SnapshotRolledBack(Event, frozen=True, kw_only=True):
+    """Somebody asked that the next start resumes from `entry` (`autoglm ckpt rollback`). What is newer is kept, outside
+    of the lineage."""
+
+    event_name: ClassVar = "snapshot.rolled_back"
+    entry: str
+    step: int
+    generation: int
+    """Of the record that says so."""
+    head_before: str = ""
+
+
+class SnapshotsRemoved(Event, frozen=True, kw_only=True):
+    """Garbage collection. `entries`: snapshots that the retention gave up (only the first few are named, `count` counts
+    all); `files`, `nbytes`: what was deleted in this pass; the packs of a snapshot go a grace later than its entry."""
+
+    event_name: ClassVar = "snapshot.removed"
+    entries: list[str] = []
+    count: int = 0
+    files: int = 0
+    nbytes: int = 0
+
+
+class CleanupFailed(Event, frozen=True, kw_only=True):
+    """Garbage collection after a snapshot failed; it is tried again after the next one."""
+
+    event_name: ClassVar = "snapshot.cleanup_failed"
+    reason: str
+
+
 class PlanDecided(Event, frozen=True, kw_only=True):
     """What a recovery resumes from and why (`core.recovery.Plan`)."""
 

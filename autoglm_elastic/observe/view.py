@@ -166,6 +166,10 @@ class RunView:
                 ]
             case events.SnapshotRejected():
                 return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
+            case events.SnapshotRolledBack():
+                return [("note", f"rolled back to snapshot {event.entry}")]
+            case events.CleanupFailed():
+                return [("bad", f"old snapshots were not removed: {shortened(event.reason)}")]
             case events.FallbackSpawn():
                 return [("note", f"{event.node} starts fresh interpreters: {event.reason}")]
             case events.ZygoteLost():
