@@ -30,7 +30,7 @@ from autoglm_elastic.snapshot.layout import lay_out
 from autoglm_elastic.snapshot.load import LoadReport, load_into
 from autoglm_elastic.snapshot.stage import Arena, Staged
 from autoglm_elastic.snapshot.votes import SingleVotes
-from autoglm_elastic.storage import LocalBlobs
+from autoglm_elastic.storage import open_blobs
 
 _TRIGGERS, _LOADS = 1, 2
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
@@ -81,7 +81,8 @@ class CheckpointManager:
     """Snapshots under `run_dir`. Every rank has one; all call `save` at the same step boundaries.
 
     Args:
-        run_dir: the run directory, shared by all ranks (or a `ports.StreamBlobs`).
+        run_dir: the run directory, shared by all ranks: a path, a URL such as s3://bucket/run (docs/storage.md), or a
+            `ports.StreamBlobs`.
         generation: which generation the snapshots extend; older ones are fenced off by the lineage.
         votes: the ranks' transport for this generation; None for a world of one.
         on_event: called with (name, fields) from whatever thread; what it raises is ignored.
@@ -106,7 +107,7 @@ class CheckpointManager:
                 f"rank {rank} of {world_size}",
                 valid=f"rank {votes.rank} of {votes.world_size}, as the votes say",
             )
-        self._blobs: StreamBlobs = LocalBlobs(run_dir) if isinstance(run_dir, str | os.PathLike) else run_dir
+        self._blobs: StreamBlobs = open_blobs(run_dir) if isinstance(run_dir, str | os.PathLike) else run_dir
         self._votes: Votes = votes or SingleVotes()
         self._rank, self._world_size, self._generation = rank, world_size, generation
         self._listener = on_event or no_event
