@@ -37,6 +37,9 @@ SLEEP = {
     "autoglm_elastic/agent/agent.py": "processes of torch's own context can only be asked",
     "tests/cli/side_by_side.py": "files that torchrun's workers write can only be looked for",
 }
+PICKLES = {
+    "autoglm_elastic/bench/checkpoint/peers.py": "torch.save is what the benchmark compares with",
+}
 WAITS_FOR_WORK = {
     "autoglm_elastic/training/metrics.py": "a daemon thread waits for the next row as long as there is none",
 }
@@ -129,7 +132,8 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         or (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in modules)
     ]
     forbidden = {"eval", "torch.load", "torch.save", "yaml.unsafe_load", "numpy.load", "np.load"}
-    assert found + _offending(_house(), lambda name, _: name in forbidden) == []
+    paths = [path for path in _house() if _name(path) not in PICKLES]
+    assert found + _offending(paths, lambda name, _: name in forbidden) == []
 
 
 def test_no_asserts_in_the_package() -> None:

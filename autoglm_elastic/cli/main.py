@@ -94,6 +94,35 @@ def restarts(
     return room.main(n, mode)
 
 
+@bench.command()
+def checkpoint(
+    folder: Annotated[Path | None, typer.Option("--dir", help="On the disk to be measured.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this part; repeatable.")] = None,
+    mib: Annotated[int | None, typer.Option(help="Size of the state, in MiB.")] = None,
+    repeat: Annotated[int | None, typer.Option(help="Measured rounds.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Show that it works; proves nothing.")] = False,
+    allow_tmpfs: Annotated[bool, typer.Option("--allow-tmpfs", help="Measure memory as a disk.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all samples to FILE.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw a picture of each table into FOLDER.")] = None,
+    earlier: Annotated[
+        list[Path] | None, typer.Option("--with", help="Show the parts of an earlier --json FILE, too.")
+    ] = None,
+) -> int:
+    """Save and load with ours, with torch's own ways and at the limits of this machine, and compare."""
+    from autoglm_elastic.bench import checkpoint as room
+
+    options = room.options(quick=quick, mib=mib, repeat=repeat)
+    return room.main(
+        folder or room.DIR,
+        only,
+        options,
+        allow_tmpfs=allow_tmpfs,
+        json=json_file,
+        plots=plots,
+        earlier=earlier,
+    )
+
+
 @app.command()
 def report(
     run: RunDir,
