@@ -36,7 +36,7 @@ from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_
 from autoglm_elastic.agent.run_dir import RunDirectory
 from autoglm_elastic.agent.zygote import Zygote
 from autoglm_elastic.errors import ExitCode, PlatformError, UsageError
-from autoglm_elastic.observe import events
+from autoglm_elastic.observe import events, presence
 from autoglm_elastic.ports import StoreUnavailable
 from autoglm_elastic.settings import Settings
 
@@ -101,7 +101,9 @@ def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote
         if run_dir is not None:
             _settle_lock(command, run_dir, handler)
         spec = _spec(config, entrypoint, arguments, parameters, handler)
-        with contextlib.closing(_event_log(run_dir, _node_of(handler))) as log:
+        node = _node_of(handler)
+        here = contextlib.nullcontext() if run_dir is None else presence.declared(run_dir.path, node)
+        with here, contextlib.closing(_event_log(run_dir, node)) as log:
             agent = ElasticAgent(
                 spec,
                 cast(LogsSpecs, config.logs_specs),  # LaunchConfig has filled in both

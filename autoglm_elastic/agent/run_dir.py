@@ -24,6 +24,7 @@ import msgspec
 
 from autoglm_elastic.core.lineage import EntryFact, parse_entry_name
 from autoglm_elastic.errors import UsageError
+from autoglm_elastic.observe import presence
 
 FORMAT_VERSION: Final = 1
 """Of the run directory as a whole. A directory of a newer version is refused, not guessed at."""
@@ -42,6 +43,7 @@ _OURS: Final = (
     "tags",
     "packs",
     "logs",
+    presence.FOLDER,
     "metrics.jsonl",
     "events.jsonl",
     RUN_NAME,

@@ -20,8 +20,9 @@ from autoglm_elastic.errors import PlatformError
 
 HANG_S: Final = 60.0
 """No new step for so long after a kill, or at the start, is a hang."""
-STEPS_BETWEEN: Final = (1, 10)
-"""New steps between two kills, drawn evenly: as many positions in the interval between two saved files."""
+SAVE_EVERY: Final = 10
+"""As in `scripts/mlp_ddp.py`. What a kill costs depends on how many steps ago the last file was saved, so a kill
+is asked for at a position in that interval: the same ones for every mode, or the comparison would be one of luck."""
 
 
 @dataclass(slots=True)
@@ -106,12 +107,14 @@ class Trial:
             self.job.stop()
             raise
 
-    def kill(self) -> Kill:
-        """SIGKILL a random worker; returns when the full world has done a new step, or gave up (`end`).
+    def kill(self, position: int) -> Kill:
+        """SIGKILL a random worker at a step that is `position` steps past a multiple of `SAVE_EVERY`; returns when the
+        full world has done a new step, or gave up (`end`).
 
         Raises Stuck when the job does not go on before that.
         """
-        self._run_on(self._dice.randint(*STEPS_BETWEEN))
+        now = max((line.step for line in self._latest.values()), default=0)
+        self._run_on(1 + (position - now - 1) % SAVE_EVERY)
         pidfd = self._victim()
         recovery = Recovery(
             killed_ns=time.time_ns(),

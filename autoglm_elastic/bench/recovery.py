@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from autoglm_elastic.bench import machine, report
 from autoglm_elastic.bench.jobs import MODES, Mode, modes_named
-from autoglm_elastic.bench.kills import Kill, Stuck, Trial
+from autoglm_elastic.bench.kills import SAVE_EVERY, Kill, Stuck, Trial
 from autoglm_elastic.bench.starts import Start, measure
 
 WORKERS: Final = 2
@@ -69,18 +69,21 @@ def main(
 def _kill(
     modes: list[Mode], kills: int, width: int | None, say: Say, advance: Callable[[], None]
 ) -> list[Kill]:
-    dice = random.Random(SEED)  # noqa: S311  (when to kill whom, not a secret)
+    dice = random.Random(SEED)  # noqa: S311  (whom to kill when, not a secret)
+    positions = dice.sample(range(SAVE_EVERY), SAVE_EVERY)
     results: list[Kill] = []
     for first in range(0, kills, KILLS_PER_ROUND):
         for mode in modes:
-            left = min(KILLS_PER_ROUND, kills - first)
-            while left:
+            last = min(first + KILLS_PER_ROUND, kills)
+            number = first
+            while number < last:
                 trial = _started(mode, dice, width, say)
                 try:
-                    while left:
-                        result = _once(trial, say)
+                    while number < last:
+                        position = positions[number % SAVE_EVERY]
+                        result = _once(trial, position, say)
                         results.append(result)
-                        left -= 1
+                        number += 1
                         advance()
                         if result.hung:
                             break
@@ -101,9 +104,9 @@ def _started(mode: Mode, dice: random.Random, width: int | None, say: Say) -> Tr
     raise Stuck(mode.title)
 
 
-def _once(trial: Trial, say: Say) -> Kill:
+def _once(trial: Trial, position: int, say: Say) -> Kill:
     try:
-        kill = trial.kill()
+        kill = trial.kill(position)
     except Stuck as stuck:
         say(str(stuck))
         return Kill(trial.job.mode.name, None, None, None, 0, 0, (), "hung")

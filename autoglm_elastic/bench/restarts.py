@@ -9,7 +9,7 @@ from rich.console import Console
 
 from autoglm_elastic.bench import machine
 from autoglm_elastic.bench.jobs import modes_named
-from autoglm_elastic.bench.kills import Stuck, Trial
+from autoglm_elastic.bench.kills import SAVE_EVERY, Stuck, Trial
 from autoglm_elastic.bench.recovery import SEED, WORKERS
 
 
@@ -24,10 +24,11 @@ def main(n: int = 100, mode: str = "unmodified", *, width: int | None = None) ->
     console = Console(highlight=False, markup=False, soft_wrap=True)
     seconds: list[float] = []
     try:
-        trial = Trial(chosen, WORKERS, random.Random(SEED), width=width)  # noqa: S311  (not a secret)
+        dice = random.Random(SEED)  # noqa: S311  (not a secret)
+        trial = Trial(chosen, WORKERS, dice, width=width)
         try:
             while len(seconds) < n:
-                kill = trial.kill()
+                kill = trial.kill(dice.randrange(SAVE_EVERY))
                 if kill.back_s is None:
                     raise Stuck(trial.job.why())
                 seconds.append(kill.back_s)
