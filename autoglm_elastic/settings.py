@@ -132,6 +132,29 @@ class Zygote(_Group, frozen=True):
     ] = ()
 
 
+class Keeper(_Group, frozen=True):
+    """The process on each node that makes snapshots durable."""
+
+    memory_max_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Shared memory for staged snapshots on one node; 0: as much as the machine has to spare.",
+        ),
+    ] = 0
+    linger_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=86400,
+            description="How long it waits for a killed agent or worker to come back before it ends.",
+        ),
+    ] = 30.0
+    nice: Annotated[
+        int, Meta(ge=0, le=19, description="How much it yields to the training's processes (as nice).")
+    ] = 10
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The tree. Durations are seconds (`_s`), sizes are bytes (`_bytes`)."""
 
@@ -141,6 +164,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: Snapshot = Snapshot()
     restart: Restart = Restart()
     zygote: Zygote = Zygote()
+    keeper: Keeper = Keeper()
 
     def to_json(self) -> str:
         """One line of JSON with every value, for `wire.ENV_SETTINGS`."""

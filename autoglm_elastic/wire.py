@@ -25,6 +25,8 @@ ENV_BOARD_FD: Final = "AUTOGLM_BOARD_FD"
 ENV_RUN_DIR: Final = "AUTOGLM_RUN_DIR"
 ENV_RUN_ID: Final = "AUTOGLM_RUN_ID"
 ENV_GENERATION: Final = "AUTOGLM_GENERATION"
+ENV_KEEPER: Final = "AUTOGLM_SOCKET"
+"""Where the node's keeper of the run directory listens, for the worker."""
 ENV_SETTINGS: Final = "AUTOGLM_SETTINGS"
 """The settings tree as JSON, for the worker."""
 

@@ -38,6 +38,7 @@ _OURS: Final = (
     "latest",
     "catalog",
     "manifests",
+    "prepared",
     "generations",
     "retired",
     "tags",
