@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Benchmarks against torchrun, on this machine.")
+bench = typer.Typer(help="Benchmarks against torch's own ways, on this machine.")
 app.add_typer(bench, name="bench")
 app.add_typer(ckpt.app, name="ckpt")
 

@@ -13,11 +13,14 @@ import msgspec
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from autoglm_elastic.bench import checkpoint
-from autoglm_elastic.bench.checkpoint import figures, raw, shards, spec, targets
+from autoglm_elastic.bench.checkpoint import contenders, figures, peers, raw, saving, shards, spec, targets
+from autoglm_elastic.bench.checkpoint.measure import start_group
 from autoglm_elastic.bench.checkpoint.planning import extrapolated
-from autoglm_elastic.errors import UsageError
+from autoglm_elastic.bench.checkpoint.training import State, Training
+from autoglm_elastic.errors import PlatformError, UsageError
 
 SMALL = msgspec.structs.replace(spec.QUICK, mib=2, repeat=1, tensors=50)
 WAIT_S = 100
@@ -56,8 +59,7 @@ def test_it_cleans_up_when_it_is_stopped(tmp_path: Path) -> None:
     command += ["--only", "limits", "--repeat", "1000000", "--allow-tmpfs", "--dir", str(tmp_path / "disk")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
-        assert "limits" in running.stderr.readline()
-        assert "warm-up" in running.stderr.readline()
+        assert any("warm-up" in line for line in running.stderr)
         (worker,) = psutil.Process(running.pid).children()
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=WAIT_S)
@@ -97,6 +99,41 @@ def test_a_single_wrong_value_is_found() -> None:
     assert shards.wrong(state, 6) == [f"model.layer.{number}.weight" for number in range(3)]
     state["model"]["layer.1.weight"][7] += 1
     assert shards.wrong(state, 5) == ["model.layer.1.weight"]
+
+
+class _Late(contenders.Saver):
+    """Keeps the live tensors and writes them when it is asked for the result: not the state of the boundary."""
+
+    def save(self, number: int, state: State) -> contenders.Pending:
+        path = self.place(number)
+
+        class Late(contenders.Pending):
+            def durable_at(self) -> float:
+                peers.safetensors_save(state, path)
+                return 0.0
+
+        self.folder.mkdir(exist_ok=True)
+        return Late()
+
+    def load(self, number: int, state: State) -> None:
+        peers.safetensors_load(self.place(number), state)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_contender_that_saves_another_state_is_found(honest: bool, tmp_path: Path) -> None:
+    make = contenders.Safetensors if honest else _Late
+    start_group(tmp_path, 0, 1)
+    try:
+        training = Training(1, sharded=False)
+        turns = saving.Turns([contenders.Contender("one", "one", make)], tmp_path, training)
+        saver = turns.savers["one"]
+        if honest:
+            saving.check(training, turns, saver)
+        else:
+            with pytest.raises(PlatformError, match="_Late saved other values than those of the boundary"):
+                saving.check(training, turns, saver)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_slowdown_compares_within_a_round() -> None:

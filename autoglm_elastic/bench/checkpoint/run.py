@@ -48,6 +48,7 @@ def main(
         folder: on the disk to be measured; a new folder is made in it and removed again.
         only: parts, or the beginnings of their names.
         options: sizes; the default is the full size.
+        json: written after every part.
         plots: folder for the pictures; none are drawn without it.
         earlier: files of earlier runs whose parts are shown with this one's; with `only=[]` nothing is
             measured.
@@ -74,15 +75,22 @@ def main(
             for part in parts:
                 say(f"{part}: {spec.PARTS[part]}")
                 measured[part] = _measure(part, mine, options, say)
+                if json is not None:
+                    report.write_json(_results(named, options, measured), json)
                 advance()
-    ordered = {part: measured[part] for part in spec.PARTS if part in measured}
-    results = report.Results(named, options, ordered)
+    results = _results(named, options, measured)
     if json is not None:
         report.write_json(results, json)
     if plots is not None:
         report.draw(results, plots)
     report.show(results, Console())
     return 0
+
+
+def _results(named: dict[str, str], options: Options, measured: dict[str, Rows]) -> report.Results:
+    """The parts in their order, whatever order they were measured in."""
+    ordered = {part: measured[part] for part in spec.PARTS if part in measured}
+    return report.Results(named, options, ordered)
 
 
 def _measure(part: str, folder: Path, options: Options, say: Say) -> Rows:
@@ -126,7 +134,6 @@ def _measure(part: str, folder: Path, options: Options, say: Say) -> Rows:
 
 def _file_system(folder: Path, *, allow_tmpfs: bool) -> str:
     """Its type. Raises UsageError for one that is no disk."""
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     mounts = [disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)]
     if not mounts:
@@ -141,6 +148,13 @@ def _file_system(folder: Path, *, allow_tmpfs: bool) -> str:
 
 @contextlib.contextmanager
 def _new_folder(parent: Path, options: Options) -> Iterator[Path]:
+    made = not parent.exists()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlatformError(
+            f"could not make {parent}: {error.strerror}", do="name another with --dir"
+        ) from error
     wanted, free = SPACE_STATES * options.mib << 20, shutil.disk_usage(parent).free
     if free < wanted:
         raise PlatformError(
@@ -151,8 +165,9 @@ def _new_folder(parent: Path, options: Options) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            parent.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @contextlib.contextmanager
