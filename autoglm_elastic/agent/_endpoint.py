@@ -73,8 +73,8 @@ def attach(
     """Host or reach the store.
 
     Raises:
-        UsageError: no endpoint that can be understood.
-        PlatformError: the port belongs to something else, or nobody answers within `join_timeout_s`.
+        UsageError: no endpoint that can be understood, or one that belongs to something else, or to another run.
+        PlatformError: nobody answers within `join_timeout_s`.
     """
     if endpoint.startswith(ETCD):
         return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, clock)
@@ -139,6 +139,9 @@ def _connect(host: str, port: int, run_id: str, wait_s: float, clock: Clock) -> 
     while True:
         try:
             return StoreClient(host, port, timeout_s=REQUEST_S_MAX, realm=run_id)
+        except PlatformError as error:
+            # Somebody answers who will never be our store: nothing was started, the flag is wrong.
+            raise UsageError(error.got, do=error.do) from error
         except StoreUnavailable as error:
             remaining_s = give_up_at - clock.monotonic()
             if remaining_s <= 0:

@@ -25,12 +25,11 @@ from torch.distributed.elastic.metrics.api import MetricsConfig
 from torch.distributed.elastic.multiprocessing import LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.launcher.api import LaunchConfig
 
-from autoglm_elastic.agent import flags, run_path
+from autoglm_elastic.agent import _foreign, flags, run_path
 from autoglm_elastic.agent.agent import ElasticAgent
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
 from autoglm_elastic.agent.run_dir import RunDirectory
@@ -205,7 +204,7 @@ def _rendezvous(config: LaunchConfig, address: str | None) -> tuple[RendezvousPa
     try:
         if config.rdzv_backend == flags.BACKEND:
             return parameters, torchrun_handler()(parameters)
-        return parameters, get_rendezvous_handler(parameters)
+        return parameters, _foreign.handler_of(parameters)
     except (RendezvousError, dist.DistError, StoreUnavailable, OSError) as error:
         raise PlatformError(
             f"rendezvous {config.rdzv_backend} at {config.rdzv_endpoint}: {_one_line(error)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm_elastic.agent import _foreign
 from autoglm_elastic.agent.run_dir import RunDirectory
 from autoglm_elastic.cli.run import main
 from autoglm_elastic.core.lineage import entry_name
@@ -106,12 +107,19 @@ def test_fresh_asks_first(capfd: pytest.CaptureFixture[str], run_dir: Path) -> N
 
 
 def test_a_port_that_is_not_a_store(capfd: pytest.CaptureFixture[str], taken_port: int) -> None:
-    code = main([f"--store=tcp://127.0.0.1:{taken_port}", "--set=zygote.enabled=false", SLEEPER])
-    err = capfd.readouterr().err
-    assert code in (ExitCode.FAILED, ExitCode.USAGE)
-    assert err.count("\n") == 1
-    assert err.startswith("autoglm-run: ")
-    assert str(taken_port) in err
+    line = refused(capfd, f"--store=tcp://127.0.0.1:{taken_port}")
+    assert f"port 127.0.0.1:{taken_port} accepts connections but says nothing" in line
+
+
+def test_a_port_that_is_not_a_c10d_store(
+    capfd: pytest.CaptureFixture[str], taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch itself waits for its first answer without end."""
+    monkeypatch.setattr(_foreign, "SLACK_S", 1.0)
+    line = refused(
+        capfd, "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{taken_port}", "--rdzv-conf=read_timeout=1"
+    )
+    assert f"port 127.0.0.1:{taken_port} accepts connections but does not answer like a c10d store" in line
 
 
 def test_a_master_port_in_use(capfd: pytest.CaptureFixture[str], taken_port: int) -> None:
