@@ -86,6 +86,14 @@ class Recovery(_Group, frozen=True):
 class Snapshot(_Group, frozen=True):
     """When snapshots are taken and how they are written."""
 
+    url: Annotated[
+        str,
+        Meta(
+            max_length=1024,
+            description="Where snapshots lie, such as s3://bucket/run (docs/storage.md); "
+            "empty: in the run directory.",
+        ),
+    ] = ""
     interval_steps: Annotated[
         int, Meta(ge=0, description="A snapshot every so many steps; 0: by time only.")
     ] = 0

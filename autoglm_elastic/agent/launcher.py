@@ -33,11 +33,13 @@ from autoglm_elastic.agent import _foreign, flags, run_path
 from autoglm_elastic.agent.agent import ElasticAgent
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
 from autoglm_elastic.agent.run_dir import RunDirectory
+from autoglm_elastic.agent.snapshot_place import SnapshotPlace
 from autoglm_elastic.agent.zygote import Zygote
 from autoglm_elastic.errors import ExitCode, PlatformError, UsageError
 from autoglm_elastic.observe import events, presence
 from autoglm_elastic.ports import StoreUnavailable
 from autoglm_elastic.settings import Settings
+from autoglm_elastic.storage import modules_of
 
 SHARED_STORE_OFF: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torch's switch for a fresh store per attempt. With its shared one a restarted rank can read the address
@@ -55,11 +57,12 @@ def launch(command: flags.Command) -> int:
     run_dir = None
     if command.args.run_dir is not None:
         run_dir = RunDirectory(command.args.run_dir, run_id=command.run_id_given)
+    place = _snapshot_place(command)
     zygote = _fork_zygote(command)
     try:
         # torch's @record: this launcher's own error file, for a launcher above it. After the fork, because it
         # enables faulthandler, which a fresh interpreter of a worker would not have.
-        return record(_launch)(command, run_dir, zygote) or ExitCode.DONE
+        return record(_launch)(command, run_dir, place, zygote) or ExitCode.DONE
     finally:
         if zygote is not None:
             zygote.close()
@@ -79,14 +82,32 @@ def _fork_zygote(command: flags.Command) -> Zygote | None:
     if not settings.zygote.enabled or another_program:
         return None
     folder = "." if args.module else os.path.dirname(args.training_script)
-    return Zygote.fork(preload=settings.zygote.preload, search_path=folder or ".")
+    preload = (*settings.zygote.preload, *modules_of(settings.snapshot.url))
+    return Zygote.fork(preload=preload, search_path=folder or ".")
 
 
-def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote | None) -> int:
+def _snapshot_place(command: flags.Command) -> SnapshotPlace | None:
+    url = command.loaded.settings.snapshot.url
+    if not url:
+        return None
+    if command.args.run_dir is None:
+        raise UsageError(
+            f"snapshot.url {url} without a run directory", do="give --run-dir for events and logs"
+        )
+    if command.args.fresh:
+        raise UsageError(
+            f"--fresh does not remove the snapshots in {url}", do="give another snapshot.url instead"
+        )
+    return SnapshotPlace(url)
+
+
+def _launch(
+    command: flags.Command, run_dir: RunDirectory | None, place: SnapshotPlace | None, zygote: Zygote | None
+) -> int:
     torch.multiprocessing._set_thread_name("pt_elastic")
     if run_dir is not None:
-        _begin(command, run_dir)
-    config, entrypoint, arguments = _config(command, run_dir)
+        _begin(command, run_dir, place)
+    config, entrypoint, arguments = _config(command, run_dir, place)
     name = torch_launcher._get_entrypoint_name(entrypoint, arguments)
     if not isinstance(entrypoint, str):  # --run-path; torch's only entrypoint that is no command
         entrypoint, arguments = sys.executable, ["-u", "-m", run_path.__name__, *arguments]
@@ -125,14 +146,17 @@ def _launch(command: flags.Command, run_dir: RunDirectory | None, zygote: Zygote
             handler.shutdown()
 
 
-def _begin(command: flags.Command, run_dir: RunDirectory) -> None:
+def _begin(command: flags.Command, run_dir: RunDirectory, place: SnapshotPlace | None) -> None:
     """Claim and create the run directory. With an endpoint that others know, who claims it is seen later."""
     args = command.args
     if command.is_alone or args.fresh:
         run_dir.lock()
     if args.fresh:
         run_dir.destroy(args.destroy)
-    run_dir.begin(["autoglm-run", *command.argv])
+    words = ["autoglm-run", *command.argv]
+    if place is not None:
+        place.claim(run_dir, words)
+    run_dir.begin(words)
 
 
 def _settle_lock(command: flags.Command, run_dir: RunDirectory, handler: RendezvousHandler) -> None:
@@ -149,7 +173,9 @@ def _settle_lock(command: flags.Command, run_dir: RunDirectory, handler: Rendezv
         run_dir.unlock()
 
 
-def _config(command: flags.Command, run_dir: RunDirectory | None) -> tuple[LaunchConfig, Any, list[str]]:
+def _config(
+    command: flags.Command, run_dir: RunDirectory | None, place: SnapshotPlace | None
+) -> tuple[LaunchConfig, Any, list[str]]:
     args = command.args
     if run_dir is not None and args.log_dir is None:
         args.log_dir = os.fspath(run_dir.path / "logs")
@@ -165,6 +191,8 @@ def _config(command: flags.Command, run_dir: RunDirectory | None) -> tuple[Launc
         )
     if command.is_ours:
         first_generation = run_dir.next_generation() if run_dir is not None else 1
+        if place is not None:
+            first_generation = max(first_generation, place.next_generation())
         config.rdzv_configs |= _our_rdzv_configs(args, config, command.loaded.settings, first_generation)
     return config, entrypoint, arguments
 

@@ -61,6 +61,17 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     command: list[str] = []
 
 
+def new_info(run_id: str, command: list[str]) -> bytes:
+    """A `run.json`, written now."""
+    info = RunInfo(
+        run_id=run_id,
+        format_version=FORMAT_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+    )
+    return msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Holdings:
     """What a run directory holds. `newest_step` is -1 without snapshots; `nbytes`: of all files of ours."""
@@ -97,17 +108,21 @@ class RunDirectory:
         self.run_id = info.run_id if info is not None else run_id or str(uuid.uuid4())
         self._check_writable()
 
+    def take_id(self, run_id: str, place: str) -> None:
+        """Be of the run whose snapshots lie in `place`. Before `begin`. Raises UsageError when the directory is
+        another's, or the user gave another name."""
+        if run_id != self.run_id and (self._run_id_given is not None or _read_info(self.path) is not None):
+            raise UsageError(
+                f"the snapshots in {place} belong to run {run_id}, not {self.run_id}",
+                do="give another snapshot.url, or a new --run-dir (and no --rdzv-id) to go on with that run",
+            )
+        self.run_id = run_id
+
     def begin(self, command: list[str]) -> None:
         """Create what is missing: the directory and its `run.json`. Several agents may do so at once."""
         with self._refusing_os_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            info = RunInfo(
-                run_id=self.run_id,
-                format_version=FORMAT_VERSION,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                command=command,
-            )
-            self._put_if_absent(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
+            self._put_if_absent(new_info(self.run_id, command))
         written = _read_info(self.path)
         if written is None:
             raise UsageError(f"run directory {self.path}: {RUN_NAME} vanished while the job began")

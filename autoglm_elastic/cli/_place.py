@@ -13,7 +13,7 @@ from typing import Final
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import StreamBlobs
-from autoglm_elastic.storage import LocalBlobs
+from autoglm_elastic.storage import LocalBlobs, is_url, open_blobs
 
 _MARKS: Final = (
     "run.json",
@@ -28,6 +28,14 @@ _MARKS: Final = (
 
 def opened(run: str) -> StreamBlobs:
     """Raises UsageError for what is no run directory, or one of a newer format."""
+    from autoglm_elastic.agent.run_dir import check_format
+
+    if is_url(run):
+        from autoglm_elastic.agent.snapshot_place import read_info
+
+        blobs = open_blobs(run)
+        read_info(blobs, run)
+        return blobs
     path = Path(run)
     if not path.is_dir():
         raise UsageError(f"no run directory {run}", valid="what was given as autoglm-run --run-dir")
@@ -39,8 +47,6 @@ def opened(run: str) -> StreamBlobs:
         raise UsageError(
             f"{run} is no run directory", valid="a directory that autoglm-run or CheckpointManager wrote"
         )
-    from autoglm_elastic.agent.run_dir import check_format
-
     check_format(path)
     return LocalBlobs(path)
 
@@ -50,6 +56,11 @@ def claimed(run: str, *, force: bool) -> Iterator[None]:
     """Nobody starts a job here meanwhile, and none runs now. Raises UsageError naming who does."""
     from autoglm_elastic.agent.run_dir import RunDirectory
 
+    if is_url(run):
+        if not force:
+            raise UsageError(f"{run} has no lock", do="make sure that no job runs there; --force")
+        yield
+        return
     directory = RunDirectory(run, run_id=None)
     try:
         directory.lock()

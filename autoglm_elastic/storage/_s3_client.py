@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,11 +46,21 @@ class Clients:
     patient: Any
 
 
+def checked(options: Mapping[str, str]) -> Mapping[str, str]:
+    """Raises UsageError without boto3, or for an unknown option. Imports nothing."""
+    if importlib.util.find_spec("boto3") is None:
+        raise UsageError("s3:// needs boto3", do="pip install 'autoglm-elastic[s3]'")
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise UsageError(f"option {unknown[0]!r} for s3://", valid=", ".join(OPTIONS))
+    return options
+
+
 def connect(options: Mapping[str, str]) -> Clients:
     """Clients for this process and its AWS_ environment as it is now, shared by all who ask for the same: making
     one takes half a second, and a job opens its snapshots anew in every generation.
 
-    Raises UsageError without boto3, for an unknown option or profile."""
+    Raises UsageError for an unknown profile or a malformed endpoint."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     return _connect(os.getpid(), tuple(sorted(options.items())), tuple(sorted(environment.items())))
 
@@ -58,16 +69,11 @@ def connect(options: Mapping[str, str]) -> Clients:
 def _connect(
     _pid: int, given: tuple[tuple[str, str], ...], _environment: tuple[tuple[str, str], ...]
 ) -> Clients:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     options = dict(given)
-    try:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError as error:
-        raise UsageError(f"s3:// needs boto3 ({error})", do="pip install 'autoglm-elastic[s3]'") from error
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise UsageError(f"option {unknown[0]!r} for s3://", valid=", ".join(OPTIONS))
     endpoint = options.get("endpoint_url")
     own_server = endpoint or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
     style = options.get("addressing_style") or ("path" if own_server else "auto")

@@ -22,6 +22,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
+_S3: Final = ("s3", "s3a")
+
+
 class _CanBeAsked(Protocol):
     def check_writable(self) -> None: ...
 
@@ -29,6 +32,11 @@ class _CanBeAsked(Protocol):
 def is_url(text: str) -> bool:
     """Whether `text` names something by protocol instead of by path."""
     return _URL.match(text) is not None
+
+
+def modules_of(url: str) -> tuple[str, ...]:
+    """What using blobs there will import: for a process that prepares others by importing it once."""
+    return ("boto3", "botocore.httpsession") if url.lower().partition("://")[0] in _S3 else ()
 
 
 def open_blobs(
@@ -67,7 +75,7 @@ def open_blobs(
         raise UsageError(f"{text} has a query", valid="protocol://place/prefix")
     blobs: StreamBlobs
     asked: _CanBeAsked
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         from autoglm_elastic.storage.s3 import S3Blobs
 
         blobs = asked = S3Blobs(_bucket(parts.netloc, text), _prefix(parts.path, text), given)

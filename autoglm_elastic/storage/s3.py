@@ -9,6 +9,7 @@ This room knows nothing of snapshots. An `S3Blobs` belongs to the process that m
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
@@ -69,10 +70,21 @@ class S3Blobs:
         self.bucket, self.base = bucket, f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.part_bytes = part_bytes
-        self.clients = client.connect(options)
+        self._options = client.checked(options)
         self.threads = Threads()
-        self._errors = client.errors()
-        self._broken: tuple[type[Exception], ...] = (*self._errors, OSError)
+
+    @functools.cached_property
+    def clients(self) -> client.Clients:
+        """Made at the first request: most ranks of a generation make none. Raises UsageError."""
+        return client.connect(self._options)
+
+    @functools.cached_property
+    def _errors(self) -> tuple[type[Exception], ...]:
+        return client.errors()
+
+    @functools.cached_property
+    def _broken(self) -> tuple[type[Exception], ...]:
+        return (*self._errors, OSError)
 
     def at(self, name: str) -> dict[str, str]:
         """Bucket and key of a blob, as the arguments of a request."""

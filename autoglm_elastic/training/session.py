@@ -169,10 +169,11 @@ class Session:
         return world, agreement
 
     def _open_snapshots(self, world: wire.World, groups: Groups) -> None:
-        if self.run_dir is None:
+        place = self.settings.snapshot.url or self.run_dir
+        if place is None:
             return
         self._snapshots = Snapshots(
-            self.run_dir,
+            place,
             generation=world.generation,
             rank=world.rank,
             world_size=world.world_size,

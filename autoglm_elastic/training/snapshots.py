@@ -101,7 +101,7 @@ class Snapshots(Stored):
 
     def __init__(
         self,
-        run_dir: Path,
+        place: Path | str,
         *,
         generation: int,
         rank: int,
@@ -112,11 +112,10 @@ class Snapshots(Stored):
     ) -> None:
         from autoglm_elastic.snapshot import CheckpointManager
 
-        self.run_dir = run_dir
         self._votes = LateVotes(rank, world_size)
         self._votes_group = votes_group
         self.manager: CheckpointManager = CheckpointManager(
-            run_dir,
+            place,
             generation=generation,
             votes=self._votes if world_size > 1 else None,
             rank=rank,

@@ -375,4 +375,4 @@ def test_options_are_checked() -> None:
     with pytest.raises(UsageError, match="option 'endpoint'"):
         open_blobs("s3://bucket/run", options={"endpoint": "x"})
     with pytest.raises(UsageError, match="no-such-profile"):
-        open_blobs("s3://bucket/run", options={"profile_name": "no-such-profile"})
+        open_blobs("s3://bucket/run", options={"profile_name": "no-such-profile"}).list("catalog")

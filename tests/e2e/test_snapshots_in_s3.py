@@ -1,0 +1,121 @@
+"""A job whose snapshots lie in an object store: it loses a worker, ends, and goes on from there in an empty run
+directory. Real processes, real kills, a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from job import SCRIPTS, Job
+from object_store import Bucket
+
+from autoglm_elastic.cli.main import main as autoglm
+from autoglm_elastic.snapshot import CheckpointManager
+
+TRAIN = SCRIPTS / "train.py"
+STEPS = 200
+
+
+def start(bucket: Bucket, run_dir: Path, *arguments: str) -> Job:
+    url = f"snapshot.url={bucket.url}"
+    return Job(
+        *(
+            "--standalone",
+            "--nproc-per-node=2",
+            "--run-dir",
+            run_dir,
+            "--set",
+            url,
+            TRAIN,
+            "--snapshot-every=10",
+        ),
+        *arguments,
+    )
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, object]]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [record["fields"] for record in map(json.loads, lines) if record["name"] == name]
+
+
+def wait_for_snapshot(job: Job, run_dir: Path, generation: int) -> int:
+    """Goes on from step to step until a snapshot of this generation is committed; its step."""
+    for step in range(1, STEPS):
+        job.wait_for(lambda line, step=step: line.get("step", 0) >= step)
+        for fields in events(run_dir, "snapshot.committed"):
+            if fields["generation"] == generation:
+                return int(str(fields["step"]))
+    raise AssertionError(f"no snapshot of generation {generation} in {STEPS} steps\n{job.output()}")
+
+
+def test_a_job_goes_on_from_the_store_in_an_empty_run_directory(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    steps = f"--steps={STEPS}"
+    with start(bucket, first, "--pause-s=0.03", steps) as job:
+        wait_for_snapshot(job, first, 1)
+        job.kill_worker(1)
+        newest = wait_for_snapshot(job, first, 2)
+        job.process.send_signal(signal.SIGKILL)
+        job.wait()
+    assert not (first / "catalog").exists()
+    assert not (first / "packs").exists()
+
+    with start(bucket, second, steps) as job:
+        assert job.wait() == 0, job.output()
+        end = job.wait_for(lambda line: "digest" in line)
+        entered = job.wait_for(lambda line: "entered" in line)["entered"]
+    assert newest <= entered < STEPS
+    assert end["final"] == STEPS
+    ids = {json.loads((place / "run.json").read_text())["run_id"] for place in (first, second)}
+    assert len(ids) == 1, "the snapshots say whose they are"
+    with Job("--standalone", "--nproc-per-node=2", TRAIN, steps) as job:
+        assert job.wait() == 0, job.output()
+        assert job.wait_for(lambda line: "digest" in line)["digest"] == end["digest"], "no trace"
+    with CheckpointManager(bucket.url) as manager:
+        numbers = [record.number for record in manager.records()]
+        last = manager.newest_verified()
+    assert len(numbers) >= 3
+    assert last is not None
+    assert last.step > newest
+    assert autoglm(["ckpt", "ls", bucket.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[-1]["step"] == last.step
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "snapshot.url=s3://bucket/run"], "without a run directory"),
+        (["--run-dir=run", "--fresh", "--set", "snapshot.url=s3://bucket/run"], "--fresh does not remove"),
+        (["--run-dir=run", "--set", "snapshot.url=s3://bucket/../run"], "a prefix without"),
+        (["--run-dir=run", "--set", "snapshot.url=memory://run"], "memory of one process"),
+        (["--run-dir=run", "--set", "snapshot.url=s3://no-such-bucket/run"], "create the bucket"),
+    ],
+)
+def test_a_wrong_place_is_one_line_and_nothing_starts(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Job("--standalone", *arguments, TRAIN) as job:
+        assert job.wait() != 0
+        assert job.reports == []
+        told = [line for line in job.text if words in line]
+    assert len(told) == 1, job.text
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_snapshots_of_another_run_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+    with start(bucket, tmp_path / "run", "--steps=1") as job:
+        assert job.wait() == 0, job.output()
+    bucket.client.copy_object(
+        Bucket=bucket.name, Key="other/run.json", CopySource={"Bucket": bucket.name, "Key": "run/run.json"}
+    )
+    other = tmp_path / "other"
+    with Job("--standalone", "--run-dir", other, TRAIN, "--steps=1") as job:
+        assert job.wait() == 0, job.output()
+    with start(bucket, other, "--steps=1") as job:
+        assert job.wait() == 2, job.output()
+        assert "belong to run" in job.output()
