@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from autoglm_elastic.core.outcome import Outcome as Outcome
 
@@ -183,6 +183,21 @@ class StreamBlobs(Blobs, Protocol):
 
     def delete(self, name: str) -> None:
         """Idempotent."""
+
+
+@runtime_checkable
+class AgingBlobs(StreamBlobs, Protocol):
+    """Blobs whose age can be told, by the clock of whoever stores them: what garbage collection needs."""
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """The names that `list` gives, with the seconds since each was written last."""
+
+    def delete_older(self, name: str, older_s: float) -> int:
+        """Removes the blob unless it is there no more, or was written less than `older_s` ago (again, perhaps just
+        now). Returns its bytes, or -1 when it was not removed."""
+
+    def sweep(self, older_s: float) -> int:
+        """Removes what writers that were killed left behind and nobody has touched for so long. How many."""
 
 
 class Votes(Protocol):

@@ -45,8 +45,9 @@ class Catalog:
             )
         return [fact.name for fact in sorted(found, key=lambda fact: (fact.step, fact.generation))]
 
-    def entry(self, name: str) -> fmt.CatalogEntry:
-        """Raises UsageError when there is none of that name, CorruptSnapshot when it does not decode."""
+    def look(self, name: str) -> fmt.CatalogEntry | None:
+        """The entry, or None when it is not there. Raises UsageError for what is no entry's name or of a newer format,
+        CorruptSnapshot when it does not decode."""
         path = fmt.entry_path(name)
         try:
             lineage.parse_entry_name(name)
@@ -54,20 +55,30 @@ class Catalog:
         except ValueError as error:
             raise UsageError(str(error)) from error
         except FileNotFoundError:
+            return None
+        return fmt.parse_entry(data, name, path)
+
+    def entry(self, name: str) -> fmt.CatalogEntry:
+        """Raises UsageError when there is none of that name, CorruptSnapshot when it does not decode."""
+        entry = self.look(name)
+        if entry is None:
             known = self.names()
             raise UsageError(
                 f"no snapshot {name!r}", valid=", ".join(known[-5:]) or "this run directory has no snapshot"
-            ) from None
-        return fmt.parse_entry(data, name, path)
+            )
+        return entry
 
     def entries(self) -> list[fmt.CatalogEntry]:
         """All that decode, of whatever lineage, oldest step first; the others are reported as rejected."""
         good = []
         for name in self.names():
             try:
-                good.append(self.entry(name))
+                entry = self.look(name)
             except CorruptSnapshot as error:
                 self._on_event("snapshot.rejected", {"entry": name, "reason": str(error)})
+                continue
+            if entry is not None:  # else it was collected meanwhile
+                good.append(entry)
         return good
 
     def records(self) -> list[GenerationRecord]:

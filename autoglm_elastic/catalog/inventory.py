@@ -79,9 +79,12 @@ class Inventory:
         """Entries that do not decode: name → why."""
         for name in catalog.names():
             try:
-                self.entries[name] = catalog.entry(name)
+                entry = catalog.look(name)
             except CorruptSnapshot as error:
                 self.damaged[name] = str(error)
+                continue
+            if entry is not None:  # else it was collected meanwhile
+                self.entries[name] = entry
         self.records = catalog.records()
         self.tags = Tags(blobs).all()
         line = lineage.candidates(facts(self.entries.values()), self.records)

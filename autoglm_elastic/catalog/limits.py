@@ -52,5 +52,15 @@ VOTE_S: Final = 600.0
 """How long a rank waits for another's vote: covers the slowest rank's writing, not a network round trip."""
 VOTE_BYTES_MAX: Final = 256 << 20
 """One vote: the chunk table of one rank."""
+PREPARE_S_MAX: Final = 3600.0
+"""From a snapshot's first durable pack to its catalog entry: far above VOTE_S. Garbage collection relies on it: a
+collection with a shorter grace needs the directory for itself."""
+GRACE_S: Final = 7200.0
+"""What nothing reaches is removed this long after it was written, and the packs of a snapshot this long after its
+entry: longer than a prepare or a load may take."""
+RETIRED_MAX: Final = 100
+"""Entries that one pass of garbage collection takes out of the catalog."""
+REMOVALS_MAX: Final = 10_000
+"""Files that one pass removes; the next pass goes on."""
 CHUNK_READ_BYTES_MAX: Final = 1 << 30
 """The largest chunk that a reader takes into memory of its own; writers stay at CHUNK_BYTES."""

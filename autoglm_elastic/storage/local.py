@@ -326,10 +326,75 @@ class LocalBlobs:
         path = self.path(name)
         try:
             self.files.unlink(path)
+            self.files.fsync_directory(os.path.dirname(path))
         except FileNotFoundError:
             pass
         except OSError as error:
             raise platform_error(error, "removing", path) from error
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """By the clock of the file system: a file that is made now is the measure."""
+        now = self._now()
+        found = {}
+        for name in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self.path(name))
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = now - status.st_mtime
+        return found
+
+    def _now(self) -> float:
+        path = self.temporary_path()
+        try:
+            fd = self.files.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+            try:
+                return os.fstat(fd).st_mtime
+            finally:
+                self.files.close(fd)
+        except OSError as error:
+            raise platform_error(error, "creating", path) from error
+        finally:
+            self.forget(path)
+
+    def delete_older(self, name: str, older_s: float) -> int:
+        """The file is looked at again under another name, where no writer can replace it, before it is removed; one
+        that was written again meanwhile gets its name back."""
+        path, aside = self.path(name), self.temporary_path()
+        try:
+            if self._now() - os.lstat(path).st_mtime < older_s:
+                return -1
+            self.files.rename(path, aside)
+            status = os.lstat(aside)
+            young = self._now() - status.st_mtime < older_s
+            if young:
+                with contextlib.suppress(FileExistsError):
+                    self.files.link(aside, path)
+            self.files.unlink(aside)
+        except FileNotFoundError:
+            return -1
+        except OSError as error:
+            raise platform_error(error, "removing", path) from error
+        return -1 if young else status.st_size
+
+    def sweep(self, older_s: float) -> int:
+        """Temporary files of killed writers. A file that is being written has just been touched."""
+        folder = os.path.join(self.root, TEMPORARY_DIR)
+        swept = 0
+        try:
+            names = os.listdir(folder)
+            now = self._now()
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.lstat(path)
+                    if not stat.S_ISDIR(status.st_mode) and now - status.st_mtime >= older_s:
+                        self.files.unlink(path)
+                        swept += 1
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise platform_error(error, "sweeping", folder) from error
+        return swept
 
     def list(self, prefix: str) -> list[str]:
         """Plain files under the directory `prefix`, at any depth a name can have."""

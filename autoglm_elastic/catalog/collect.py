@@ -1,0 +1,242 @@
+"""Garbage collection of a run directory: what the retention gives up, and what nothing reaches any more.
+
+It never waits for, or locks out, a job, a writer or a reader. Two rules make that safe:
+
+- *Two phases.* An entry that is given up moves to `retired/` first. Its packs and manifest stay reachable from
+  there for a grace, so that whoever reads the snapshot can finish; they go in a later pass.
+- *Age.* A pack or manifest that nothing reaches is removed only when it was written longer ago than the grace,
+  which is longer than a prepare may take. Packs are listed before it is read what is reachable: what was
+  committed since is seen. A pack that is written again under its name is young again.
+
+Removals are ordered so that a crash between any two leaves every entry that remains whole: entry before packs before
+manifest before its record in `retired/`. A tag or a rollback that wins a race against the collection brings a retired
+entry back in the next pass, long before its packs are touched.
+
+What cannot be read stops the collection: nobody knows what it would have reached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog.failpoints import Failpoints, none
+from autoglm_elastic.catalog.index import Catalog
+from autoglm_elastic.catalog.inventory import Inventory
+from autoglm_elastic.core.retention import Kept, Retention, reasons
+from autoglm_elastic.errors import CorruptSnapshot
+from autoglm_elastic.ports import AgingBlobs, Outcome
+
+RETIRED_DIR: Final = "retired"
+POINTS: Final = (
+    "retired_put",
+    "entry_removed",
+    "pack_removed",
+    "manifest_removed",
+    "retired_removed",
+    "entry_restored",
+)
+"""Failpoints, each behind one effect."""
+
+
+def retired_path(name: str) -> str:
+    return f"{RETIRED_DIR}/{name}.json"
+
+
+@dataclass(slots=True)
+class Collected:
+    """One pass; of a dry run, what it would have done. `kept`: entry → why. `waiting`: retired, their packs still
+    within the grace. `blocked`: why no packs were looked at, "" otherwise. `nbytes`: of the packs and manifests
+    removed."""
+
+    kept: dict[str, str] = field(default_factory=dict)
+    retired: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    packs: int = 0
+    manifests: int = 0
+    nbytes: int = 0
+    leftovers: int = 0
+    blocked: str = ""
+    more: bool = False
+    """A bound of one pass was reached: there is more to do."""
+
+
+class Collector:
+    """Collects in passes. Not thread safe; remembers what manifests reach, so that a pass reads only new ones.
+
+    Args:
+        policy: which entries are given up; None gives up none.
+        grace_s: see the module; below `limits.PREPARE_S_MAX` only where no job and no reader is at work.
+        wall: seconds since the epoch, for the age of entries outside of the lineage.
+    """
+
+    def __init__(
+        self,
+        blobs: AgingBlobs,
+        policy: Retention | None,
+        *,
+        grace_s: float = limits.GRACE_S,
+        wall: Callable[[], float],
+        failpoint: Failpoints = none,
+    ) -> None:
+        self._blobs, self._policy = blobs, policy or Retention()
+        self._grace_s, self._wall, self._failpoint = grace_s, wall, failpoint
+        self._catalog = Catalog(blobs)
+        self._reach: dict[str, frozenset[str]] = {}
+
+    def run(self, *, dry_run: bool = False) -> Collected:
+        """One pass. Raises ElasticError where the directory cannot be read or written, or tags or lineage are
+        damaged."""
+        done = Collected()
+        candidates = self._blobs.ages(fmt.PACK_DIR) | self._blobs.ages(fmt.MANIFEST_DIR)
+        self._retire(done, dry_run)
+        self._remove(done, candidates, dry_run)
+        if not dry_run:
+            done.leftovers = self._blobs.sweep(max(self._grace_s, 1.0))
+        return done
+
+    def _retire(self, done: Collected, dry_run: bool) -> None:
+        found = Inventory(self._blobs, self._catalog)
+        known = self._retired()
+        done.kept = self._kept(found)
+        given_up = [name for name in found.entries if name not in done.kept]
+        done.more = len(given_up) > limits.RETIRED_MAX
+        given_up = given_up[: limits.RETIRED_MAX]
+        if dry_run:
+            done.retired = given_up
+            return
+        for name in given_up:
+            if name in known:  # a pass was cut off, or a restored one is given up again: the grace begins now
+                self._blobs.delete(retired_path(name))
+            self._blobs.put_if_absent(retired_path(name), fmt.encode(found.entries[name]))
+            self._failpoint("retired_put")
+        # Again, now that whoever comes later finds them retired: a tag or a new lineage may name one of them.
+        protected = (
+            self._protected(Inventory(self._blobs, self._catalog)) if given_up or known else frozenset()
+        )
+        for name in given_up:
+            if name in protected:
+                self._blobs.delete(retired_path(name))
+                continue
+            self._blobs.delete(fmt.entry_path(name))
+            self._failpoint("entry_removed")
+            done.retired.append(name)
+        for name, entry in known.items():
+            if name not in given_up and (name in protected or name in done.kept):
+                self._restore(name, entry, done)
+
+    def _restore(self, name: str, entry: fmt.CatalogEntry, done: Collected) -> None:
+        if self._blobs.put_if_absent(fmt.entry_path(name), fmt.encode(entry)) is Outcome.UNKNOWN:
+            return
+        done.restored.append(name)
+        self._failpoint("entry_restored")
+        self._blobs.delete(retired_path(name))
+
+    def _kept(self, found: Inventory) -> dict[str, str]:
+        facts = [
+            Kept(
+                name=entry.name,
+                step=entry.step,
+                generation=entry.generation,
+                wall_time=entry.wall_time,
+                in_lineage=entry.name in found.line,
+                tagged=bool(found.tags_of(entry)),
+                metrics=entry.metrics,
+            )
+            for entry in found.entries.values()
+        ]
+        kept = reasons(self._policy, facts, self._wall())
+        for name in self._protected(found) & set(found.entries):
+            kept.setdefault(name, "the lineage begins there")
+        return kept
+
+    def _protected(self, found: Inventory) -> frozenset[str]:
+        """What is never given up, whether it is in the catalog or retired: tagged, HEAD, resumed from last."""
+        named = {*found.tags.values(), found.head}
+        if found.records:
+            named.add(found.records[-1].resumed_entry)
+        return frozenset(name for name in named if name is not None)
+
+    def _retired(self) -> dict[str, fmt.CatalogEntry]:
+        """Those that decode."""
+        entries = {}
+        for path in self._blobs.list(RETIRED_DIR):
+            name = path.removeprefix(f"{RETIRED_DIR}/").removesuffix(".json")
+            with contextlib.suppress(FileNotFoundError, CorruptSnapshot):
+                data = self._blobs.read(path, bytes_max=limits.ENTRY_BYTES_MAX)
+                entries[name] = fmt.parse_entry(data, name, path)
+        return entries
+
+    def _remove(self, done: Collected, candidates: dict[str, float], dry_run: bool) -> None:
+        try:
+            reached, expired = self._reached(done)
+        except CorruptSnapshot as error:
+            done.blocked = str(error)
+            return
+        packs = [name for name in candidates if name.startswith(f"{fmt.PACK_DIR}/") and name not in reached]
+        manifests = [
+            name for name in candidates if name.startswith(f"{fmt.MANIFEST_DIR}/") and name not in reached
+        ]
+        old = {name for name, age in candidates.items() if age >= self._grace_s}
+        for name in packs:
+            if name in old and self._delete(name, done, dry_run):
+                done.packs += 1
+                self._failpoint("pack_removed")
+        for name in manifests:
+            if name in old and self._delete(name, done, dry_run):
+                done.manifests += 1
+                self._failpoint("manifest_removed")
+        if not dry_run and not done.more:
+            for path in expired:
+                self._blobs.delete(path)
+                self._failpoint("retired_removed")
+
+    def _delete(self, name: str, done: Collected, dry_run: bool) -> bool:
+        if done.packs + done.manifests >= limits.REMOVALS_MAX:
+            done.more = True
+            return False
+        try:
+            nbytes = self._blobs.size(name) if dry_run else self._blobs.delete_older(name, self._grace_s)
+        except FileNotFoundError:
+            return False
+        done.nbytes += max(0, nbytes)
+        return nbytes >= 0
+
+    def _reached(self, done: Collected) -> tuple[set[str], list[str]]:
+        """Names of the packs and manifests that an entry reaches, or a retired one within its grace; and the paths of
+        the retired ones past it. Raises CorruptSnapshot when one of them cannot be read.
+
+        The catalog is read before and after `retired/`, since another collection may move entries either way."""
+        reach = self._reach_of_catalog()
+        ages, retired = self._blobs.ages(RETIRED_DIR), self._retired()
+        expired = [path for path, age in ages.items() if age >= self._grace_s]
+        for name, entry in retired.items():
+            if retired_path(name) not in expired:
+                reach |= self._reach_of(entry)
+        for path in sorted(set(ages) - set(expired) - {retired_path(name) for name in retired}):
+            raise CorruptSnapshot(f"{path} does not decode")
+        done.waiting = [name for name in retired if retired_path(name) not in expired]
+        reach |= self._reach_of_catalog()
+        self._reach = reach
+        return set(reach).union(*reach.values()), expired
+
+    def _reach_of_catalog(self) -> dict[str, frozenset[str]]:
+        reach: dict[str, frozenset[str]] = {}
+        for name in self._catalog.names():
+            entry = self._catalog.look(name)
+            if entry is not None:
+                reach |= self._reach_of(entry)
+        return reach
+
+    def _reach_of(self, entry: fmt.CatalogEntry) -> dict[str, frozenset[str]]:
+        """The path of its manifest → those of its packs."""
+        path = fmt.manifest_path(entry.manifest)
+        known = self._reach.get(path)
+        if known is None:
+            manifest = self._catalog.manifest(entry)
+            known = frozenset(fmt.pack_path(pack.sha256) for pack in manifest.packs)
+        return {path: known}
