@@ -22,7 +22,7 @@ from autoglm_elastic.storage.local import TEMPORARY_DIR
 if TYPE_CHECKING:
     from autoglm_elastic.storage.s3 import S3Blobs
 
-PART_BYTES: Final = 16 << 20
+PART_BYTES: Final = 8 << 20
 UPLOADS_MAX: Final = 4
 """Parts of one blob in flight; as many are held in memory."""
 PARTS_MAX: Final = 10_000

@@ -89,7 +89,13 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
 def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
     """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
     owed = _owed(held)
-    entries, records = stored.entries(), _with(stored.records(), owed)
+    unreadable = None
+    try:
+        entries, records = stored.entries(), _with(stored.records(), owed)
+    except PlatformError as error:
+        if not _just_left(held, generation):
+            raise
+        entries, records, unreadable = [], [], error
     shards = max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
     expected = frozenset(f"{shard}/{shards}" for shard in range(shards))
     opened: Mapping[str, Any] = {}
@@ -103,6 +109,8 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             sharded_expected=expected,
             live_shards=True,
         )
+        if unreadable is not None and plan.tier != "live":
+            raise unreadable
         if plan.tier != "disk":
             break
         entry, opened = _first_good(plan, stored)
@@ -121,6 +129,13 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
         job, layouts = dict(opened["job"]), dict(opened["layouts"])
         return Agreement(plan, job, entry=entry, layouts=layouts, unwritten=unwritten)
     return Agreement(plan, {"seed": held[0].seed, "cursors": {}}, unwritten=unwritten)
+
+
+def _just_left(held: Sequence[Held], generation: int) -> bool:
+    """Whether somebody holds the state of the generation right before this one. Then nothing that is stored can
+    be newer: no other generation could have gone on, and a snapshot of that one is of a step that this holder
+    took, too. A disk that cannot be read is not needed to go on from there."""
+    return any(one.holding.complete and one.holding.generation == generation - 1 for one in held)
 
 
 def write_records(

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from job import SCRIPTS, Job
-from object_store import Bucket
+from object_store import Bucket, moto_server
 
 from autoglm_elastic.cli.main import main as autoglm
 from autoglm_elastic.snapshot import CheckpointManager
@@ -83,6 +84,24 @@ def test_a_job_goes_on_from_the_store_in_an_empty_run_directory(
     assert last.step > newest
     assert autoglm(["ckpt", "ls", bucket.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[-1]["step"] == last.step
+
+
+def test_a_store_that_dies_costs_snapshots_and_nothing_else(
+    make_bucket: Callable[[str], Bucket], tmp_path: Path
+) -> None:
+    with moto_server() as (endpoint, server):
+        bucket = make_bucket(endpoint)
+        with start(bucket, tmp_path / "run", "--pause-s=0.02", "--steps=60") as job:
+            job.wait_for(lambda line: line.get("step") == 12)
+            server.kill()
+            job.wait_for(lambda line: line.get("step") == 22)
+            job.kill_worker(1)
+            assert job.wait() == 0, job.output()
+            end = job.wait_for(lambda line: "digest" in line)
+    assert end["final"] == 60
+    assert job.steps() == list(range(1, 61))
+    assert [closed["tier"] for closed in events(tmp_path / "run", "incident.closed")] == ["fresh", "live"]
+    assert events(tmp_path / "run", "snapshot.aborted")
 
 
 @pytest.mark.parametrize(
