@@ -279,6 +279,37 @@ class S3Blobs:
             if not client.is_missing(error):
                 raise client.platform_error(error, "removing", f"{self.url}/{name}") from error
 
+    def ages(self, prefix: str) -> dict[str, float]:
+        """By the server's clock, as of the end of the list."""
+        checked_name(prefix)
+        written = {
+            item["Key"].removeprefix(self.base): item["LastModified"] for item in self._objects(f"{prefix}/")
+        }
+        now = self._server_time()
+        return {name: (now - written[name]).total_seconds() for name in blob_names(written)}
+
+    def delete_older(self, name: str, older_s: float) -> int:
+        """Removes exactly the version that was looked at, so that one that is written meanwhile stays. Raises
+        PlatformError where the bucket keeps no versions: there the two could not be told apart."""
+        try:
+            head = self._head(name)
+        except FileNotFoundError:
+            return -1
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        if (now - head["LastModified"]).total_seconds() < older_s:
+            return -1
+        if head.get("VersionId") in (None, "null"):
+            raise PlatformError(
+                f"removing {self.url}/{name}: a writer may just be writing it again, and only a bucket with "
+                "versioning keeps what it writes",
+                do="enable versioning, or remove old runs as a whole",
+            )
+        try:
+            self.clients.patient.delete_object(**self.at(name), VersionId=head["VersionId"])
+        except self._errors as error:
+            raise client.platform_error(error, "removing", f"{self.url}/{name}") from error
+        return int(head["ContentLength"])
+
     def sweep(self, older_s: float) -> int:
         """Removes what interrupted writers left longer than `older_s` ago by the server's clock: unfinished
         multipart uploads and objects under `tmp/`. Returns how many. Raises PlatformError."""
@@ -302,5 +333,8 @@ class S3Blobs:
         return swept
 
     def _server_time(self) -> datetime:
-        answer = self.clients.patient.list_objects_v2(Bucket=self.bucket, Prefix=self.base, MaxKeys=1)
+        try:
+            answer = self.clients.patient.list_objects_v2(Bucket=self.bucket, Prefix=self.base, MaxKeys=1)
+        except self._errors as error:
+            raise client.platform_error(error, "listing", self.url) from error
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

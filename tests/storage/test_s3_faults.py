@@ -14,7 +14,7 @@ import pytest
 from object_store import Bucket, Fault, Proxy, Request, moto_server
 
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
-from autoglm_elastic.ports import Outcome
+from autoglm_elastic.ports import AgingBlobs, Outcome
 from autoglm_elastic.storage import _s3_client, open_blobs
 from autoglm_elastic.storage._s3_upload import UPLOADS_MAX
 from autoglm_elastic.storage.s3 import S3Blobs
@@ -276,6 +276,35 @@ def test_what_a_killed_writer_leaves_is_invisible_and_swept(bucket: Bucket) -> N
     assert bucket.objects() == ["run/tmp/left"]
     blobs.sweep(-60)
     assert bucket.objects() == bucket.uploads() == []
+
+
+def test_only_the_version_that_was_looked_at_is_removed(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage collection, and a writer that publishes the same content again meanwhile."""
+    blobs = S3Blobs(bucket.name, "run", {})
+    upload(blobs, b"same")
+    assert blobs.delete_older("packs/x", 3600) == -1
+    with pytest.raises(PlatformError, match="enable versioning"):
+        blobs.delete_older("packs/x", -60)
+    bucket.client.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
+    upload(blobs, b"same")
+    ages = blobs.ages("packs")
+    assert ages.keys() == {"packs/x"}
+    assert -60 < ages["packs/x"] < 3600
+    look = blobs._head
+
+    def and_written_again(name: str) -> dict[str, object]:
+        head = look(name)
+        upload(blobs, b"same")
+        return head
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "_head", and_written_again)
+        assert blobs.delete_older("packs/x", -60) == 4
+    assert blobs.read("packs/x", bytes_max=4) == b"same"
+    assert isinstance(blobs, AgingBlobs)
+    assert blobs.delete_older("packs/y", -60) == -1
 
 
 def test_memory_is_bounded_by_parts_in_flight(
