@@ -16,12 +16,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
 from msgspec import Meta
 
+from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import UsageError
 
 FILE_BYTES_MAX: Final = 1 << 20
@@ -108,6 +109,46 @@ class Snapshot(_Group, frozen=True):
     verify_on_load: Annotated[
         bool, Meta(description="Check the digest of every chunk before it is used.")
     ] = True
+
+    keep_last: Annotated[
+        int, Meta(ge=0, description="Keep the newest so many snapshots of the lineage; 0: never remove any.")
+    ] = 10
+    keep_every_steps: Annotated[
+        int, Meta(ge=0, description="Also keep one snapshot of every so many steps; 0: none for that reason.")
+    ] = 0
+    keep_every_hours: Annotated[
+        float,
+        Meta(ge=0, description="Also keep one snapshot of every so many hours; 0: none for that reason."),
+    ] = 1.0
+    keep_best: Annotated[
+        int, Meta(ge=0, description="Also keep so many snapshots that are best by keep_best_metric.")
+    ] = 0
+    keep_best_metric: Annotated[str, Meta(description="Name of a metric that is given to commit.")] = ""
+    keep_best_is: Annotated[
+        Literal["min", "max"], Meta(description="Whether the best is the smallest or the largest.")
+    ] = "min"
+    keep_abandoned_hours: Annotated[
+        float,
+        Meta(ge=0, description="Keep what lies outside of the lineage (rolled back from) for so long."),
+    ] = 168.0
+    gc_grace_s: Annotated[
+        float,
+        Meta(
+            ge=3600, description="What nothing reaches is removed no earlier: longer than a load or a commit."
+        ),
+    ] = 7200.0
+
+    def retention(self) -> Retention:
+        """What the `keep_` fields say."""
+        return Retention(
+            keep_last=self.keep_last,
+            keep_every_steps=self.keep_every_steps,
+            keep_every_hours=self.keep_every_hours,
+            keep_best=self.keep_best,
+            best_metric=self.keep_best_metric,
+            best_is=self.keep_best_is,
+            keep_abandoned_hours=self.keep_abandoned_hours,
+        )
 
 
 class Restart(_Group, frozen=True):

@@ -4,8 +4,8 @@ It never waits for, or locks out, a job, a writer or a reader. Two rules make th
 
 - *Two phases.* An entry that is given up moves to `retired/` first. Its packs and manifest stay reachable from
   there for a grace, so that whoever reads the snapshot can finish; they go in a later pass.
-- *Age.* A pack or manifest that nothing reaches is removed only when it was written longer ago than the grace,
-  which is longer than a prepare may take. Packs are listed before it is read what is reachable: what was
+- *Age.* A pack or manifest that nothing reaches is removed only when it was written longer ago than a
+  prepare may take. Packs are listed before it is read what is reachable: what was
   committed since is seen. A pack that is written again under its name is young again.
 
 Removals are ordered so that a crash between any two leaves every entry that remains whole: entry before packs before
@@ -70,7 +70,8 @@ class Collector:
 
     Args:
         policy: which entries are given up; None gives up none.
-        grace_s: see the module; below `limits.PREPARE_S_MAX` only where no job and no reader is at work.
+        grace_s: how long retired entries still reach their packs; 0 only where nobody reads.
+        age_s: how old a file must be that nothing reaches; below `limits.PREPARE_S_MAX` only where nobody writes.
         wall: seconds since the epoch, for the age of entries outside of the lineage.
     """
 
@@ -80,11 +81,12 @@ class Collector:
         policy: Retention | None,
         *,
         grace_s: float = limits.GRACE_S,
+        age_s: float = limits.GRACE_S,
         wall: Callable[[], float],
         failpoint: Failpoints = none,
     ) -> None:
         self._blobs, self._policy = blobs, policy or Retention()
-        self._grace_s, self._wall, self._failpoint = grace_s, wall, failpoint
+        self._grace_s, self._age_s, self._wall, self._failpoint = grace_s, age_s, wall, failpoint
         self._catalog = Catalog(blobs)
         self._reach: dict[str, frozenset[str]] = {}
 
@@ -96,7 +98,7 @@ class Collector:
         self._retire(done, dry_run)
         self._remove(done, candidates, dry_run)
         if not dry_run:
-            done.leftovers = self._blobs.sweep(max(self._grace_s, 1.0))
+            done.leftovers = self._blobs.sweep(self._age_s)
         return done
 
     def _retire(self, done: Collected, dry_run: bool) -> None:
@@ -181,7 +183,7 @@ class Collector:
         manifests = [
             name for name in candidates if name.startswith(f"{fmt.MANIFEST_DIR}/") and name not in reached
         ]
-        old = {name for name, age in candidates.items() if age >= self._grace_s}
+        old = {name for name, age in candidates.items() if age >= self._age_s}
         for name in packs:
             if name in old and self._delete(name, done, dry_run):
                 done.packs += 1
@@ -200,7 +202,7 @@ class Collector:
             done.more = True
             return False
         try:
-            nbytes = self._blobs.size(name) if dry_run else self._blobs.delete_older(name, self._grace_s)
+            nbytes = self._blobs.size(name) if dry_run else self._blobs.delete_older(name, self._age_s)
         except FileNotFoundError:
             return False
         done.nbytes += max(0, nbytes)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from autoglm_elastic.catalog import tree
+from autoglm_elastic.catalog.collect import Collected
 from autoglm_elastic.catalog.diff import Difference, TensorChange
 from autoglm_elastic.catalog.inventory import Detail, Row
 from autoglm_elastic.observe.text import count, shortened, size
@@ -146,6 +147,26 @@ def _change(change: TensorChange) -> str:
         return text
     largest = "" if change.max_abs is None else f", largest difference {change.max_abs:.6g}"
     return f"{change.after}, {count(change.elements_changed, 'element')} differ{largest}"
+
+
+def collected(done: Collected, dry_run: bool) -> None:
+    would = "would be " if dry_run else ""
+    for name in done.retired:
+        print(f"{name}: {would}given up")
+    for name in done.restored:
+        print(f"{name}: {would}brought back, something names it again")
+    for name, why in done.kept.items():
+        print(f"{name}: kept, {why}")
+    removed = [count(done.packs, "pack"), count(done.manifests, "manifest")]
+    print(
+        f"{' and '.join(removed)} {would}removed, {size(done.nbytes)}; {count(done.leftovers, 'leftover')} swept"
+    )
+    if done.waiting:
+        print(f"{count(len(done.waiting), 'snapshot')} given up, removed when the grace is over")
+    if done.more:
+        print("there is more to do: run it again")
+    if done.blocked:
+        print(f"no packs were removed, since nobody knows what is needed: {done.blocked}")
 
 
 @contextmanager

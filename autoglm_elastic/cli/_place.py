@@ -76,7 +76,7 @@ def claimed(run: str, *, force: bool) -> Iterator[None]:
 
 
 def event_log(run: str) -> Path | None:
-    """Where what was done here is noted, or None for a directory without an event log."""
+    """Where what was done here is noted, or None where no log can be appended to."""
     from autoglm_elastic.observe.events import EVENTS_NAME
 
-    return Path(run) / EVENTS_NAME if Path(run).is_dir() else None
+    return None if is_url(run) else Path(run) / EVENTS_NAME

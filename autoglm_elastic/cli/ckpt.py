@@ -5,13 +5,19 @@ import torch before a command that needs it. What `--json` prints is documented 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from autoglm_elastic.catalog import rollback, tags
+from autoglm_elastic import settings
+from autoglm_elastic.catalog import housekeeping, limits, rollback, tags
+from autoglm_elastic.catalog.collect import Collector
 from autoglm_elastic.catalog.diff import diff
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.inventory import Inventory
@@ -209,6 +215,56 @@ def rollback_(
     print(f"the next start resumes from {chosen.name} (HEAD was {before}); newer snapshots are kept")
     if before is not None:
         print(f"undo: autoglm ckpt rollback {run} {before}")
+
+
+class _Gc(msgspec.Struct, kw_only=True):
+    dry_run: bool
+    kept: dict[str, str]
+    retired: list[str]
+    restored: list[str]
+    waiting: list[str]
+    packs: int
+    manifests: int
+    nbytes: int
+    leftovers: int
+    blocked: str
+    more: bool
+
+
+@app.command("gc")
+def gc(
+    run: Run,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of settings, for snapshot.keep_*.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="One setting; repeatable.")
+    ] = None,
+    now: Annotated[
+        bool,
+        typer.Option("--now", help="Do not wait for readers of what is given up; refused while a job runs."),
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Remove what the retention gives up and what nothing reaches. Exit code 1 when damage stands in the way."""
+    loaded = settings.load(config, os.environ, [settings.override(given) for given in overrides or ()])
+    keep = loaded.settings.snapshot
+    blobs = housekeeping.aging(place.opened(run))
+    with place.claimed(run, force=False) if now else contextlib.nullcontext():
+        collector = Collector(
+            blobs,
+            keep.retention(),
+            grace_s=0.0 if now else keep.gc_grace_s,
+            age_s=limits.PREPARE_S_MAX if now else keep.gc_grace_s,
+            wall=SystemClock().wall,
+        )
+        done = collector.run(dry_run=dry_run)
+    if as_json:
+        _json(_Gc(dry_run=dry_run, **dataclasses.asdict(done)))
+    else:
+        text.collected(done, dry_run)
+    return ExitCode.FAILED if done.blocked else ExitCode.DONE
 
 
 def _inventory(run: str) -> Inventory:

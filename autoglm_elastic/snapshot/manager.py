@@ -17,11 +17,13 @@ from autoglm_elastic.catalog import failpoints, limits
 from autoglm_elastic.catalog.decide import Request
 from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.format import CatalogEntry
+from autoglm_elastic.catalog.housekeeping import Housekeeper
 from autoglm_elastic.catalog.index import Catalog, OnEvent, no_event
 from autoglm_elastic.catalog.verify import Problem, verify
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.core.lineage import GenerationRecord
+from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot.commit import Commit, SaveResult
@@ -86,6 +88,9 @@ class CheckpointManager:
         generation: which generation the snapshots extend; older ones are fenced off by the lineage.
         votes: the ranks' transport for this generation; None for a world of one.
         on_event: called with (name, fields) from whatever thread; what it raises is ignored.
+        retention: which snapshots are kept; rank 0 removes the others after each commit, in a thread of its own. None
+            removes nothing.
+        grace_s: what nothing reaches is removed no earlier (catalog/collect.py).
         failpoint: for tests (snapshot/failpoints.py).
     """
 
@@ -98,6 +103,8 @@ class CheckpointManager:
         rank: int = 0,
         world_size: int = 1,
         on_event: OnEvent | None = None,
+        retention: Retention | None = None,
+        grace_s: float = limits.GRACE_S,
         failpoint: Failpoints = failpoints.none,
     ) -> None:
         if votes is None and world_size != 1:
@@ -114,6 +121,11 @@ class CheckpointManager:
         self._failpoint = failpoint
         self._catalog = Catalog(self._blobs, self._on_event)
         self._wall = SystemClock().wall
+        self._housekeeper = (
+            Housekeeper(self._blobs, retention, grace_s=grace_s, wall=self._wall, on_event=self._on_event)
+            if retention is not None and rank == 0
+            else None
+        )
         self._arena = Arena()
         self._changed = threading.Condition()
         self._job: _Job | None = None
@@ -250,6 +262,8 @@ class CheckpointManager:
         if self._rank == 0 and result.committed:
             took = {"nbytes": commit.nbytes, "seconds": monotonic() - job.began, "stall_s": job.stall_s}
             self._on_event("snapshot.committed", {**where, "entry": result.entry, **took})
+            if self._housekeeper is not None:
+                self._housekeeper.request()
         elif self._rank == 0:
             self._on_event("snapshot.aborted", {**where, "reason": result.reason})
         return result
@@ -352,6 +366,8 @@ class CheckpointManager:
             self._closed = True
             self._changed.notify_all()
             idle = self._changed.wait_for(lambda: not self._busy, timeout=timeout_s)
+        if self._housekeeper is not None:
+            self._housekeeper.close(timeout_s)
         thread = self._thread
         if idle and thread is not None and thread is not threading.current_thread():
             thread.join(timeout=limits.CLOSE_S)

@@ -121,6 +121,8 @@ class Snapshots(Stored):
             rank=rank,
             world_size=world_size,
             on_event=emit,
+            retention=settings.snapshot.retention(),
+            grace_s=settings.snapshot.gc_grace_s,
         )
         self._rank, self._generation = rank, generation
         self._emit = emit

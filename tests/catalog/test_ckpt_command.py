@@ -124,6 +124,18 @@ def test_rollback_to_a_damaged_snapshot_is_refused(filled: Path, capsys: Capture
     assert run(capsys, "ls", filled)[2]["head"]
 
 
+def test_gc_tells_why_it_keeps_and_what_it_gives_up(filled: Path, capsys: Capture) -> None:
+    keep_one = ("--set", "snapshot.keep_last=1", "--set", "snapshot.keep_every_hours=0")
+    told = run(capsys, "gc", filled, *keep_one, "--dry-run")
+    assert told["retired"] == ["000000000001-g1", "000000000002-g1"]
+    assert told["kept"]["000000000009-g2"] == "outside of the lineage, but young"
+    assert main(["ckpt", "gc", str(filled), *keep_one]) == 0
+    assert "000000000003-g1: kept, HEAD" in capsys.readouterr().out
+    assert [row["step"] for row in run(capsys, "ls", filled)] == [3, 9]
+    told = run(capsys, "gc", filled, "--now")
+    assert (told["waiting"], told["packs"]) == ([], 0), "their packs are younger than a prepare may take"
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -136,6 +148,7 @@ def test_rollback_to_a_damaged_snapshot_is_refused(filled: Path, capsys: Capture
         (["untag", "RUN", "unknown"], "no tag 'unknown'"),
         (["rollback", "RUN", "HEAD"], "is HEAD"),
         (["rollback", "RUN", "9"], "of which there is no record"),
+        (["gc", "RUN", "--set", "snapshot.keep=1"], "did you mean"),
         (["ls", "RUN/packs"], "is no run directory"),
         (["ls", "RUN/HEAD"], "no run directory"),
         (["ls", "RUN/missing"], "no run directory"),
