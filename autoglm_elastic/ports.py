@@ -149,9 +149,14 @@ class BlobReader(Protocol):
 
     name: str
     nbytes: int
+    block: int
+    """Bytes that are best asked for at a time."""
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fills `view`. Raises ElasticError when the blob ends before it is full."""
+
+    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
+        """The same for several buffers (at most 512) with consecutive bytes."""
 
     def close(self) -> None: ...
 

@@ -120,11 +120,6 @@ Digest = xxhash.xxh3_128
 """A chunk's fast digest, block by block."""
 
 
-def digest(data: memoryview) -> str:
-    """xxh3_128 in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """An entry of a header, or its metadata; which fields are there is checked."""
 

@@ -52,7 +52,8 @@ from autoglm_elastic.snapshot.boxes import placed
 from autoglm_elastic.snapshot.dtypes import torch_dtype, versions
 from autoglm_elastic.snapshot.encode import encode
 from autoglm_elastic.snapshot.layout import Layout, parts_of
-from autoglm_elastic.snapshot.read import Target, read_tensors
+from autoglm_elastic.snapshot.read import read_tensors
+from autoglm_elastic.snapshot.scatter import Target
 from autoglm_elastic.snapshot.stage import Arena
 from autoglm_elastic.snapshot.write import Prepare
 from autoglm_elastic.storage import LocalBlobs

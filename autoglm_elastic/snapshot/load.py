@@ -20,7 +20,8 @@ from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.snapshot.boxes import placed
 from autoglm_elastic.snapshot.dtypes import torch_dtype
-from autoglm_elastic.snapshot.read import Target, read_tensors
+from autoglm_elastic.snapshot.read import read_tensors
+from autoglm_elastic.snapshot.scatter import Target
 
 Finish = Callable[[], Any]
 """Called after the tensors were read; returns what belongs in the target's place."""
@@ -40,11 +41,17 @@ class LoadReport:
 
 
 def load_into(
-    blobs: StreamBlobs, manifest: Manifest, state: MutableMapping[str, Any], strict: bool
+    blobs: StreamBlobs,
+    manifest: Manifest,
+    state: MutableMapping[str, Any],
+    strict: bool,
+    *,
+    rank: int,
+    world_size: int,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(missing, unexpected), as in LoadReport. Raises UsageError where the state does not fit,
     CorruptSnapshot."""
-    loader = _Loader(blobs, manifest)
+    loader = _Loader(manifest)
     finish = loader.match(state, manifest.tree, ())
     if strict and (loader.missing or loader.unexpected):
         parts = [
@@ -55,14 +62,14 @@ def load_into(
         raise UsageError(
             f"the snapshot does not fit the state: {'; '.join(parts)}", do="load with strict=False"
         )
-    read_tensors(blobs, manifest, loader.targets)
+    read_tensors(blobs, manifest, loader.targets, rank=rank, world_size=world_size)
     finish()
     return tuple(loader.missing), tuple(loader.unexpected)
 
 
 class _Loader:
-    def __init__(self, blobs: StreamBlobs, manifest: Manifest) -> None:
-        self._blobs, self._manifest = blobs, manifest
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
         self.targets: list[Target] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []

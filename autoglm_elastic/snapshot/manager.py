@@ -294,7 +294,9 @@ class CheckpointManager:
             else self._catalog.entry(entry or self._agree_on_newest())
         )
         manifest = self._catalog.manifest(chosen)
-        missing, unexpected = load_into(self._blobs, manifest, state, strict)
+        missing, unexpected = load_into(
+            self._blobs, manifest, state, strict, rank=self._rank, world_size=self._world_size
+        )
         return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected)
 
     def _agree_on_newest(self) -> str:

@@ -1,109 +1,144 @@
-"""Reading tensors out of a snapshot: target boxes ∩ source boxes, straight into the target where it is
-possible.
+"""Reading tensors out of a snapshot: target boxes ∩ source boxes, by several threads, each byte verified.
 
-Each thread reads one chunk at a time, whole, since that is what its digest covers, and nothing is handed over
-before the digest is right. Extra memory is one chunk a thread, and none for chunks that lie contiguously in a
-target on the CPU."""
+Packs are opened in the order in which they are likely to be wanted, and no more of them than it takes to cover
+the targets, so a rank of a thousand does not read a thousand headers. A chunk is read whole, since that is
+what its digest covers. Extra memory is one chunk a thread, and one block where chunks lie contiguously in
+targets on the CPU."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from autoglm_elastic.catalog import limits
-from autoglm_elastic.catalog.format import Box, Chunk, Manifest, cover_problem, overlap
+from autoglm_elastic.catalog.format import Box, Manifest, cover_problem, overlap
 from autoglm_elastic.catalog.opened import OpenPacks
-from autoglm_elastic.catalog.packs import digest
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError
-from autoglm_elastic.ports import BlobReader, StreamBlobs
-from autoglm_elastic.snapshot.boxes import part
-from autoglm_elastic.snapshot.dtypes import torch_dtype
-from autoglm_elastic.snapshot.stage import memory_of
+from autoglm_elastic.ports import StreamBlobs
+from autoglm_elastic.snapshot.scatter import Job, Scatter, Target
 
 READ_S: Final = 3600.0
 """Bound of one load's reading, whatever its size: a disk that hangs longer than this is broken."""
+_RUN_BYTES: Final = 8 << 20
+_RUN_JOBS: Final = 2048
+"""A thread takes at most this much at a time, or one chunk."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """`local`, of shape `box[1]`, is to receive `box` of the stored tensor `name`. The dtypes are equal."""
-
-    name: str
-    box: Box
-    local: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    name: str
-    dtype: str
-    chunk: Chunk
-    pieces: tuple[tuple[Target, Box], ...]
-
-
-def read_tensors(blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Target]) -> int:
+def read_tensors(
+    blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Target], *, rank: int = 0, world_size: int = 1
+) -> int:
     """Fills every target. Returns the bytes read. Raises CorruptSnapshot for the first chunk that does not
-    verify; targets are partly overwritten then."""
+    verify; targets are partly overwritten then.
+
+    Args:
+        rank, world_size: of the reader; only say where to look first.
+    """
     with OpenPacks(blobs, manifest) as opened, torch.no_grad():
-        jobs = _jobs(opened, manifest, targets)
-        threads = min(limits.READ_THREADS_MAX, os.cpu_count() or 1, len(jobs))
+        jobs = find_jobs(opened, manifest, targets, rank, world_size)
+        runs = list(_runs(jobs))
+        threads = min(limits.READ_THREADS_MAX, len(os.sched_getaffinity(0)), len(runs))
         if threads < 2:
-            for job in jobs:
-                _run(opened, job)
+            scatter = Scatter()
+            for run in runs:
+                scatter.run(opened.reader(run[0].chunk.pack), run)
         else:
-            _run_all(opened, jobs, threads)
+            _run_all(opened, runs, threads)
     return sum(job.chunk.nbytes for job in jobs)
 
 
-def _jobs(opened: OpenPacks, manifest: Manifest, targets: Iterable[Target]) -> list[_Job]:
-    """Raises CorruptSnapshot where the stored chunks do not cover a target exactly once."""
-    wanted: dict[str, list[Target]] = {}
+class _Wanted:
+    """One target, and what was found of it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.missing = math.prod(target.box[1])
+        self.found: list[Box] = []
+
+    def take(self, common: Box) -> None:
+        inside = tuple(a - b for a, b in zip(common[0], self.target.box[0], strict=True))
+        self.found.append((inside, common[1]))
+        self.missing -= math.prod(common[1])
+
+
+def find_jobs(
+    opened: OpenPacks, manifest: Manifest, targets: Iterable[Target], rank: int, world_size: int
+) -> list[Job]:
+    """By pack and position. Raises CorruptSnapshot where the chunks do not cover a target exactly once."""
+    wanted: dict[str, list[_Wanted]] = {}
     for target in targets:
-        wanted.setdefault(target.name, []).append(target)
-    stored = opened.all_chunks() if wanted else {}
+        wanted.setdefault(target.name, []).append(_Wanted(target))
+    unfilled = sum(item.missing > 0 for group in wanted.values() for item in group)
     jobs = []
+    for number in _likely_first(manifest, rank, world_size):
+        if not unfilled:
+            break
+        for name, chunks in opened.chunks(number).items():
+            group = wanted.get(name, ())
+            if not any(item.missing for item in group):
+                continue
+            for chunk in chunks:
+                box = (chunk.offsets, chunk.sizes)
+                pieces = []
+                for item in group:
+                    common = overlap(item.target.box, box)
+                    if common:
+                        pieces.append((item.target, common))
+                        item.take(common)
+                        unfilled -= item.missing == 0
+                if pieces:
+                    jobs.append(Job(name, manifest.tensors[name].dtype, chunk, tuple(pieces)))
     for name, group in wanted.items():
-        covered: list[list[Box]] = [[] for _ in group]
-        for chunk in stored[name]:
-            box = (chunk.offsets, chunk.sizes)
-            pieces = []
-            for number, target in enumerate(group):
-                common = overlap(target.box, box)
-                if common:
-                    pieces.append((target, common))
-                    inside = tuple(a - b for a, b in zip(common[0], target.box[0], strict=True))
-                    covered[number].append((inside, common[1]))
-            if pieces:
-                jobs.append(_Job(name, manifest.tensors[name].dtype, chunk, tuple(pieces)))
-        for target, boxes in zip(group, covered, strict=True):
-            problem = cover_problem(target.box[1], boxes)
+        for item in group:
+            problem = cover_problem(item.target.box[1], item.found)
             if problem:
                 raise CorruptSnapshot(f"tensor {name}: {problem}")
     return sorted(jobs, key=lambda job: (job.chunk.pack, job.chunk.begin))
 
 
-def _run_all(opened: OpenPacks, jobs: Sequence[_Job], threads: int) -> None:
-    """Contiguous runs of jobs to the threads in turn, so that a few large and many small ones both spread."""
+def _likely_first(manifest: Manifest, rank: int, world_size: int) -> list[int]:
+    """Numbers of the packs: first those of the ranks that stood where this one stands, in proportion."""
+    place = (rank + 0.5) * manifest.world_size / world_size - 0.5
+    return sorted(range(len(manifest.packs)), key=lambda number: abs(manifest.packs[number].rank - place))
+
+
+def _runs(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs that follow each other in a pack without a gap, in pieces of a size that spreads over threads."""
+    run: list[Job] = []
+    nbytes = 0
+    for job in jobs:
+        if run:
+            last = run[-1].chunk
+            follows = (job.chunk.pack, job.chunk.begin) == (last.pack, last.begin + last.nbytes)
+            if not follows or nbytes + job.chunk.nbytes > _RUN_BYTES or len(run) >= _RUN_JOBS:
+                yield run
+                run, nbytes = [], 0
+        run.append(job)
+        nbytes += job.chunk.nbytes
+    if run:
+        yield run
+
+
+def _run_all(opened: OpenPacks, runs: Sequence[list[Job]], threads: int) -> None:
     stop = threading.Event()
-    cursor = iter(jobs)
+    cursor = iter(runs)
     lock = threading.Lock()
 
     def work() -> None:
+        scatter = Scatter()
         try:
             with torch.no_grad():
                 while not stop.is_set():
                     with lock:
-                        batch = [job for _, job in zip(range(8), cursor, strict=False)]
-                    if not batch:
+                        run = next(cursor, None)
+                    if run is None:
                         return
-                    for job in batch:
-                        _run(opened, job)
+                    scatter.run(opened.reader(run[0].chunk.pack), run)
         except BaseException:
             stop.set()
             raise
@@ -117,36 +152,3 @@ def _run_all(opened: OpenPacks, jobs: Sequence[_Job], threads: int) -> None:
             if not future.done():
                 raise PlatformError(f"a read did not end within {READ_S:.0f} s", do="check the disk")
             future.result(timeout=0)
-
-
-def _run(opened: OpenPacks, job: _Job) -> None:
-    chunk, reader = job.chunk, opened.reader(job.chunk.pack)
-    nbytes = chunk.nbytes
-    box = (chunk.offsets, chunk.sizes)
-    if len(job.pieces) == 1 and job.pieces[0][1] == box:
-        target = job.pieces[0][0]
-        inside = part(target.local, target.box, box)
-        if (
-            inside.device.type == "cpu"
-            and inside.is_contiguous()
-            and not (inside.is_conj() or inside.is_neg())
-        ):
-            read_chunk(reader, job.name, chunk, memory_of(inside))
-            return
-    if nbytes > limits.CHUNK_READ_BYTES_MAX:
-        raise CorruptSnapshot(
-            f"{reader.name}: chunk of tensor {job.name} has {nbytes} bytes",
-            valid=f"{limits.CHUNK_READ_BYTES_MAX}",
-        )
-    raw = torch.empty(nbytes, dtype=torch.uint8)
-    read_chunk(reader, job.name, chunk, memory_of(raw))
-    source = raw.view(torch_dtype(job.dtype)).view(chunk.sizes)
-    for target, common in job.pieces:
-        part(target.local, target.box, common).copy_(part(source, box, common))
-
-
-def read_chunk(reader: BlobReader, name: str, chunk: Chunk, view: memoryview) -> None:
-    """Reads and verifies one chunk. Raises CorruptSnapshot naming pack and tensor."""
-    reader.read_into(chunk.begin, view)
-    if digest(view) != chunk.xxh3:
-        raise CorruptSnapshot(f"{reader.name}: tensor {name} at {list(chunk.offsets)}: its digest differs")

@@ -6,6 +6,7 @@ nothing and translates no error."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 class Files:
@@ -20,8 +21,8 @@ class Files:
     def write(self, fd: int, view: memoryview, offset: int) -> int:
         return os.pwrite(fd, view, offset)
 
-    def read_into(self, fd: int, view: memoryview, offset: int) -> int:
-        return os.preadv(fd, [view], offset)
+    def read_into(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, views, offset)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)

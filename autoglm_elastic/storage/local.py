@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Sequence
 from typing import Final
 
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
@@ -27,6 +28,8 @@ NAME_BYTES_MAX: Final = 255
 TEMPORARY_DIR: Final = "tmp"
 WRITE_BYTES: Final = 8 << 20
 """One write call; large enough to be sequential on every disk, small enough to notice an error early."""
+READ_BYTES: Final = 512 << 10
+"""One read call; fits into the processor's cache, where it is hashed next."""
 SYNC_ATTEMPTS: Final = 2
 """How often a small blob is written anew under another name after a failed fsync."""
 
@@ -68,6 +71,15 @@ def platform_error(error: OSError, doing: str, path: str) -> PlatformError:
     return PlatformError(f"{doing} {path}: {reason}", do=advice)
 
 
+def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of the buffers when `count` bytes are in."""
+    for number, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[number + 1 :]]
+        count -= view.nbytes
+    return []
+
+
 class LocalReader:
     """One open file (ports.BlobReader); reads carry their own offset, so threads can share it."""
 
@@ -76,20 +88,27 @@ class LocalReader:
         self.nbytes = nbytes
         self._files, self._fd, self._path = files, fd, path
 
+    block = READ_BYTES
+
     def read_into(self, offset: int, view: memoryview) -> None:
-        if offset < 0 or offset + view.nbytes > self.nbytes:
+        self.scatter_into(offset, [view])
+
+    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
+        nbytes = sum(view.nbytes for view in views)
+        if offset < 0 or offset + nbytes > self.nbytes:
             raise CorruptSnapshot(
-                f"{self._path} has {self.nbytes} bytes, but {view.nbytes} from {offset} are wanted"
+                f"{self._path} has {self.nbytes} bytes, but {nbytes} from {offset} are wanted"
             )
-        done = 0
-        while done < view.nbytes:
+        left = list(views)
+        while nbytes:
             try:
-                count = self._files.read_into(self._fd, view[done:], offset + done)
+                count = self._files.read_into(self._fd, left, offset)
             except OSError as error:
                 raise platform_error(error, "reading", self._path) from error
             if count == 0:
                 raise CorruptSnapshot(f"{self._path} became shorter while it was read")
-            done += count
+            offset, nbytes = offset + count, nbytes - count
+            left = _behind(left, count) if nbytes else []
 
     def close(self) -> None:
         if self._fd >= 0:
