@@ -31,7 +31,7 @@ LATEST_NAME: Final = "latest"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """A box of one tensor, contiguous in row-major order at `begin` (bytes, in the file) of pack number
     `pack`. Not stored as such: a pack's header lists its chunks (packs.py)."""
 
@@ -44,7 +44,7 @@ class Chunk(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """`dtype`: torch's name. `shape`: of the whole tensor."""
 
     dtype: str
@@ -282,9 +282,8 @@ def _tensor_problem(name: str, tensor: Tensor) -> str:
         return "its name is empty or too long"
     if tensor.dtype not in BY_NAME:
         return f"unknown dtype {tensor.dtype[:40]!r}"
-    if len(tensor.shape) > limits.DIMS_MAX or any(
-        not 0 <= extent <= limits.SIZE_MAX for extent in tensor.shape
-    ):
+    shape = tensor.shape
+    if len(shape) > limits.DIMS_MAX or (shape and not 0 <= min(shape) <= max(shape) <= limits.SIZE_MAX):
         return f"shape {tensor.shape[:8]}"
     if chunk_nbytes(tensor.dtype, tensor.shape) > limits.SIZE_MAX:
         return "it is larger than any file"
@@ -324,6 +323,8 @@ def cover_problem(shape: Sequence[int], boxes: Sequence[Box]) -> str:
     Overlaps are looked for in a sweep along the dimension in which the boxes differ most; for the grids that
     sharding makes this compares each box with its neighbours only."""
     volume = math.prod(shape)
+    if len(boxes) == 1 and boxes[0][1] == shape:
+        return ""
     filled = [box for box in boxes if math.prod(box[1])]
     total = sum(math.prod(sizes) for _, sizes in filled)
     if total != volume:

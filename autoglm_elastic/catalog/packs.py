@@ -120,7 +120,7 @@ Digest = xxhash.xxh3_128
 """A chunk's fast digest, block by block."""
 
 
-class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """An entry of a header, or its metadata; which fields are there is checked."""
 
     format: str | None = None
@@ -134,7 +134,7 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 _ROWS: Final = msgspec.json.Decoder(dict[str, _Row], strict=True)
 
 
-class HeaderRow(msgspec.Struct, frozen=True):
+class HeaderRow(msgspec.Struct, frozen=True, gc=False):
     """One entry of a pack's header; `begin` counts from the start of the file."""
 
     name: str
@@ -203,7 +203,8 @@ def _rows(header: dict[str, _Row], base: int) -> list[HeaderRow]:
         if row.dtype is None or row.shape is None or row.data_offsets is None or row.autoglm is not None:
             raise ValueError(f"entry {name[:80]!r} has the wrong fields")
         begin, end = row.data_offsets
-        if any(not 0 <= number <= limits.SIZE_MAX for number in (begin, end, *row.shape)):
+        numbers = (begin, end, *row.shape)
+        if min(numbers) < 0 or max(numbers) > limits.SIZE_MAX:
             raise ValueError(f"entry {name[:80]!r} has no sane numbers")
         nbytes = _STORED_NBYTES[row.dtype]
         for extent in row.shape:
@@ -216,12 +217,22 @@ def _rows(header: dict[str, _Row], base: int) -> list[HeaderRow]:
     return rows
 
 
+_PLAIN: Final = {dtype.stored: dtype.name for dtype in BY_NAME.values() if dtype.parts == 1}
+"""The usual type behind each stored one: what most rows are."""
+
+
 def chunks_of(
     rows: Iterable[HeaderRow], tensors: Mapping[str, Tensor], pack: int, where: str
 ) -> dict[str, list[Chunk]]:
     """The chunks that a pack's rows are, by tensor. Raises CorruptSnapshot for a row that fits no tensor."""
     found: dict[str, list[Chunk]] = {}
     for row in rows:
+        whole = tensors.get(row.name)
+        if whole is not None and (whole.dtype, whole.shape) == (_PLAIN.get(row.stored), row.shape):
+            offsets = (0,) * len(row.shape)
+            chunk = Chunk(offsets, row.shape, pack, row.begin, row.nbytes, row.xxh3, row.sha256)
+            found.setdefault(row.name, []).append(chunk)
+            continue
         name, tensor, offsets = _owner(row, tensors, where)
         dtype = BY_NAME[tensor.dtype]
         sizes = row.shape[:-1] if dtype.parts > 1 else row.shape

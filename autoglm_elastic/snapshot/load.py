@@ -20,6 +20,7 @@ from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.snapshot.boxes import placed
 from autoglm_elastic.snapshot.dtypes import torch_dtype
+from autoglm_elastic.snapshot.pauses import collection_paused
 from autoglm_elastic.snapshot.read import read_tensors
 from autoglm_elastic.snapshot.scatter import Target
 
@@ -51,6 +52,18 @@ def load_into(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(missing, unexpected), as in LoadReport. Raises UsageError where the state does not fit,
     CorruptSnapshot."""
+    with collection_paused():
+        return _load_into(blobs, manifest, state, strict, rank, world_size)
+
+
+def _load_into(
+    blobs: StreamBlobs,
+    manifest: Manifest,
+    state: MutableMapping[str, Any],
+    strict: bool,
+    rank: int,
+    world_size: int,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     loader = _Loader(manifest)
     finish = loader.match(state, manifest.tree, ())
     if strict and (loader.missing or loader.unexpected):

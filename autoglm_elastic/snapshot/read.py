@@ -28,6 +28,8 @@ READ_S: Final = 3600.0
 _RUN_BYTES: Final = 8 << 20
 _RUN_JOBS: Final = 2048
 """A thread takes at most this much at a time, or one chunk."""
+_THREAD_BYTES_MIN: Final = 64 << 20
+"""Less than this does not keep a thread busy."""
 
 
 def read_tensors(
@@ -42,18 +44,22 @@ def read_tensors(
     with OpenPacks(blobs, manifest) as opened, torch.no_grad():
         jobs = find_jobs(opened, manifest, targets, rank, world_size)
         runs = list(_runs(jobs))
-        threads = min(limits.READ_THREADS_MAX, len(os.sched_getaffinity(0)), len(runs))
+        nbytes = sum(job.chunk.nbytes for job in jobs)
+        few = max(1, nbytes // _THREAD_BYTES_MIN)
+        threads = min(limits.READ_THREADS_MAX, len(os.sched_getaffinity(0)), len(runs), few)
         if threads < 2:
             scatter = Scatter()
             for run in runs:
                 scatter.run(opened.reader(run[0].chunk.pack), run)
         else:
             _run_all(opened, runs, threads)
-    return sum(job.chunk.nbytes for job in jobs)
+    return nbytes
 
 
 class _Wanted:
     """One target, and what was found of it."""
+
+    __slots__ = ("found", "missing", "target")
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -80,13 +86,13 @@ def find_jobs(
             break
         for name, chunks in opened.chunks(number).items():
             group = wanted.get(name, ())
-            if not any(item.missing for item in group):
+            if not group or not any(item.missing for item in group):
                 continue
             for chunk in chunks:
                 box = (chunk.offsets, chunk.sizes)
                 pieces = []
                 for item in group:
-                    common = overlap(item.target.box, box)
+                    common = box if box == item.target.box else overlap(item.target.box, box)
                     if common:
                         pieces.append((item.target, common))
                         item.take(common)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import torch
 
 from autoglm_elastic.catalog import limits
@@ -26,8 +26,7 @@ VIEWS_MAX: Final = 512
 """Buffers in one system call; below every system's IOV_MAX."""
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """`local`, of shape `box[1]`, is to receive `box` of the stored tensor `name`. The dtypes are equal."""
 
     name: str
@@ -35,8 +34,7 @@ class Target:
     local: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, gc=False):
     """A chunk and who takes which box of it."""
 
     name: str
@@ -155,11 +153,14 @@ def _direct(job: Job) -> list[tuple[memoryview | None, int]] | None:
     """The chunk's bytes in their order as (where they go, how many); None for where: nobody wants them. None
     instead of a list: some piece is not contiguous on both sides."""
     chunk = job.chunk
+    if len(job.pieces) == 1:
+        target, common = job.pieces[0]
+        if common[1] == chunk.sizes and common == target.box and _is_plain(target.local):
+            return [(memory_of(target.local), chunk.nbytes)]
     found: list[tuple[int, memoryview]] = []
     for target, common in job.pieces:
         inside = part(target.local, target.box, common)
-        plain = inside.device.type == "cpu" and inside.is_contiguous()
-        if not plain or inside.is_conj() or inside.is_neg() or not _is_run(chunk.sizes, common[1]):
+        if not _is_plain(inside) or not _is_run(chunk.sizes, common[1]):
             return None
         begin = 0
         for offset, base, size in zip(common[0], chunk.offsets, chunk.sizes, strict=True):
@@ -178,6 +179,10 @@ def _direct(job: Job) -> list[tuple[memoryview | None, int]] | None:
     if at < chunk.nbytes:
         views.append((None, chunk.nbytes - at))
     return views
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _is_run(outer: Sequence[int], inner: Sequence[int]) -> bool:

@@ -5,7 +5,7 @@ May touch: threads. It must never let a caller wait without a bound."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ THREADS: Final = 8
 """Requests in flight at once for large blobs, per process and file system."""
 RANGE_BYTES: Final = 8 << 20
 """One range request of a large read: large against a round trip, small against a network's hiccup."""
+REQUEST_BYTES: Final = 32 << 20
+"""What a reader is best asked for at a time: a few ranges at once."""
 LIMIT_S: Final = 3600.0
 """Bound of one blob's transfer, whatever its size; each request has its own, shorter ones."""
 
@@ -61,3 +63,16 @@ def read_parallel(
     pieces = range(0, data.nbytes, RANGE_BYTES)
     futures = [threads.submit(fetch, offset + at, data[at : at + RANGE_BYTES]) for at in pieces]
     collect(futures, f"reading {name}")
+
+
+def scatter(read_into: Callable[[int, memoryview], None], offset: int, views: Sequence[memoryview]) -> None:
+    """Several buffers with consecutive bytes in one read, where a read costs a round trip."""
+    if len(views) == 1:
+        read_into(offset, views[0])
+        return
+    data = memoryview(bytearray(sum(view.nbytes for view in views)))
+    read_into(offset, data)
+    at = 0
+    for view in views:
+        view.cast("B")[:] = data[at : at + view.nbytes]
+        at += view.nbytes

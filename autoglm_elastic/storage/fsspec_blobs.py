@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import builtins
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Final
 
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.storage._names import blob_names, check_range
-from autoglm_elastic.storage._parallel import Threads, read_parallel
+from autoglm_elastic.storage._parallel import REQUEST_BYTES, Threads, read_parallel, scatter
 from autoglm_elastic.storage.local import checked_name
 
 CALL_S: Final = 120.0
@@ -32,6 +32,11 @@ class FsspecReader:
 
     def __init__(self, blobs: FsspecBlobs, name: str, nbytes: int) -> None:
         self.name, self.nbytes, self._blobs = name, nbytes, blobs
+
+    block = REQUEST_BYTES
+
+    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
+        scatter(self.read_into, offset, views)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         check_range(f"{self._blobs.url}/{self.name}", self.nbytes, offset, view.nbytes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -21,7 +21,7 @@ from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.storage import _s3_client as client
 from autoglm_elastic.storage._names import blob_names, check_range
-from autoglm_elastic.storage._parallel import Threads, read_parallel
+from autoglm_elastic.storage._parallel import REQUEST_BYTES, Threads, read_parallel, scatter
 from autoglm_elastic.storage._s3_client import Fate
 from autoglm_elastic.storage._s3_upload import PART_BYTES, S3Pending
 from autoglm_elastic.storage.local import TEMPORARY_DIR, checked_name
@@ -43,6 +43,11 @@ class S3Reader:
 
     def __init__(self, blobs: S3Blobs, name: str, nbytes: int) -> None:
         self.name, self.nbytes, self._blobs = name, nbytes, blobs
+
+    block = REQUEST_BYTES
+
+    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
+        scatter(self.read_into, offset, views)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         check_range(f"{self._blobs.url}/{self.name}", self.nbytes, offset, view.nbytes)
