@@ -37,8 +37,8 @@ NONE: Final = "none"
 """The window without a snapshot."""
 STEPS_FIRST: Final = 3
 STEPS_MAX: Final = 60
-SPARE: Final = 1.25
-"""A window is so much longer than the slowest snapshot took."""
+SPARE: Final = 1.5
+"""A window is so much longer than the slowest snapshot took in the warm-up, beside a single step."""
 MEMORY_SNAPSHOTS: Final = 3
 
 
@@ -92,18 +92,13 @@ def during_training(spec: Spec, say: Say) -> Rows:
     turns = Turns(SAVERS.values(), Path(spec.folder), training)
     copy = Copy(training.state, spec.part.endswith("sharded"))
     names = [NONE, *turns.savers]
+    durable_s = 0.0
     for name, saver in turns.savers.items():
-        check(training, turns, saver)
-        say(f"{name}: loads as it was at the boundary")
+        took = check(training, turns, saver)
+        durable_s = max(durable_s, took)
+        say(f"warm-up: {name}, durable after {took:.2f} s, loads as it was at the boundary")
     turns.tidy()
-    step_s = durable_s = 0.0
-    for name in names:
-        one = window(training, turns, name, STEPS_FIRST, processes)
-        if name == NONE:
-            step_s = one["wall_s"] / STEPS_FIRST
-        durable_s = max(durable_s, one.get("durable_s", 0.0))
-        say(f"warm-up: {name}, {one['wall_s']:.2f} s")
-    turns.tidy()
+    step_s = window(training, turns, NONE, STEPS_FIRST, processes)["wall_s"] / STEPS_FIRST
     steps = min(STEPS_MAX, max(STEPS_FIRST, 1 + math.ceil(durable_s * SPARE / step_s)))
     say(f"a window has {steps} steps of {step_s:.2f} s and one snapshot")
     for round_ in range(spec.options.repeat):
@@ -155,16 +150,20 @@ def window(training: Training, turns: Turns, name: str, steps: int, processes: P
     return {"wall_s": wall, "stall_s": stall, "durable_s": durable, "late_s": late, "cpu_s": cpu}
 
 
-def check(training: Training, turns: Turns, saver: Saver) -> None:
-    """What was saved is the state of the boundary, whatever the training did next. Raises PlatformError."""
+def check(training: Training, turns: Turns, saver: Saver) -> float:
+    """What was saved is the state of the boundary, whatever the training did next. Raises PlatformError.
+
+    Returns how long it took until it was durable, a first snapshot aside."""
+    saver.save(turns.next_number(), training.state).durable_at()
+    barrier()
     number = turns.next_number()
     expected = {name: local(tensor).clone() for name, tensor in tensors_of(training.state).items()}
+    trigger = now()
     pending = saver.save(number, training.state)
     training.forward_backward()
     pending.before_step()
     training.optimize()
-    pending.durable_at()
-    barrier()
+    (took,) = slowest(pending.durable_at() - trigger)
     for tensor in tensors_of(training.state).values():
         local(tensor).zero_()
     saver.load(number, training.state)
@@ -178,6 +177,7 @@ def check(training: Training, turns: Turns, saver: Saver) -> None:
             f"{type(saver).__name__} saved other values than those of the boundary: {wrong[:3]}"
         )
     barrier()
+    return took
 
 
 class Copy:
@@ -215,6 +215,7 @@ def standing_still(spec: Spec, say: Say) -> Rows:
         for files in raw.FILES
     }
     memory = raw.warm_memory(nbytes_of(training.state) if dist.get_rank() == 0 else 1)
+    raw.fill(memory, 0)
     copy = Copy(training.state, spec.part.endswith("sharded"))
     names = [*turns.savers, *writes, "memcpy"]
     for round_ in range(-1, spec.options.repeat):
@@ -222,9 +223,7 @@ def standing_still(spec: Spec, say: Say) -> Rows:
             if name == "memcpy":
                 one = {"stall_s": copy.measure()}
             elif name in writes:
-                one = {
-                    "durable_s": _raw_write(folder / name, memory, *writes[name], seed=turns.next_number())
-                }
+                one = {"durable_s": _raw_write(folder / name, memory, *writes[name])}
             else:
                 training.step()
                 one = _once(training, turns, turns.savers[name])
@@ -237,10 +236,9 @@ def standing_still(spec: Spec, say: Say) -> Rows:
     return rows
 
 
-def _raw_write(folder: Path, memory: torch.Tensor, files: int, direct: bool, *, seed: int) -> float:
+def _raw_write(folder: Path, memory: torch.Tensor, files: int, direct: bool) -> float:
     took = 0.0
     if dist.get_rank() == 0:
-        raw.fill(memory, seed)
         folder.mkdir()
         begin = now()
         raw.write(folder, memory, files=files, direct=direct)
