@@ -263,6 +263,14 @@ SAVERS: Final = {
         Contender("safetensors", "safetensors.save_file, rank 0", Safetensors),
     )
 }
+QUICK: Final = ("ours", "ours-overlap", "dcp", "dcp-reused", "torch", "safetensors")
+"""Of a smoke run: DCP's process alone takes ten seconds to start."""
+
+
+def savers(*, quick: bool) -> list[Contender]:
+    return [one for name, one in SAVERS.items() if name in QUICK or not quick]
+
+
 SMALL_SAVERS: Final = {
     one.name: one
     for one in (

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from autoglm_elastic.bench.checkpoint import raw
-from autoglm_elastic.bench.checkpoint.contenders import SAVERS, Contender, Pending, Saver
+from autoglm_elastic.bench.checkpoint.contenders import SAVERS, Contender, Pending, Saver, savers
 from autoglm_elastic.bench.checkpoint.measure import (
     Processes,
     barrier,
@@ -37,6 +37,7 @@ NONE: Final = "none"
 """The window without a snapshot."""
 STEPS_FIRST: Final = 3
 STEPS_MAX: Final = 60
+STEPS_QUICK: Final = 4
 SPARE: Final = 1.5
 """A window is so much longer than the slowest snapshot took in the warm-up, beside a single step."""
 MEMORY_SNAPSHOTS: Final = 3
@@ -89,7 +90,7 @@ def during_training(spec: Spec, say: Say) -> Rows:
     rows: Rows = {}
     training = Training(spec.options.mib, sharded=spec.part.endswith("sharded"))
     processes = Processes(spec.mark)
-    turns = Turns(SAVERS.values(), Path(spec.folder), training)
+    turns = Turns(savers(quick=spec.options.quick), Path(spec.folder), training)
     copy = Copy(training.state, spec.part.endswith("sharded"))
     names = [NONE, *turns.savers]
     durable_s = 0.0
@@ -99,7 +100,8 @@ def during_training(spec: Spec, say: Say) -> Rows:
         say(f"warm-up: {name}, durable after {took:.2f} s, loads as it was at the boundary")
     turns.tidy()
     step_s = window(training, turns, NONE, STEPS_FIRST, processes)["wall_s"] / STEPS_FIRST
-    steps = min(STEPS_MAX, max(STEPS_FIRST, 1 + math.ceil(durable_s * SPARE / step_s)))
+    most = STEPS_QUICK if spec.options.quick else STEPS_MAX
+    steps = min(most, max(STEPS_FIRST, 1 + math.ceil(durable_s * SPARE / step_s)))
     say(f"a window has {steps} steps of {step_s:.2f} s and one snapshot")
     for round_ in range(spec.options.repeat):
         for name in turns.order(names, round_):
@@ -208,7 +210,7 @@ def standing_still(spec: Spec, say: Say) -> Rows:
     rows: Rows = {}
     training = Training(spec.options.mib, sharded=spec.part.endswith("sharded"))
     folder = Path(spec.folder)
-    turns = Turns(SAVERS.values(), folder, training)
+    turns = Turns(savers(quick=spec.options.quick), folder, training)
     writes = {
         f"write-{'direct' if direct else 'cache'}-{files}": (files, direct)
         for direct in ((False, True) if spec.options.disk else (False,))
