@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from autoglm_elastic.catalog import limits
-from autoglm_elastic.errors import CorruptSnapshot
+from autoglm_elastic.errors import CorruptSnapshot, UsageError
 
 Path = tuple[str | int, ...]
 """Where in a state: keys and indices from the root; keys that are not strings by their text."""
@@ -173,3 +173,31 @@ def has_tensor(node: Any) -> bool:
     if code_of(node) in ("tensor", "array"):
         return True
     return any(has_tensor(item) for item in (children(node) or {}).values())
+
+
+def nest(nodes: Mapping[Path, Any]) -> Any:
+    """Nested JSON from leaves by path, the inverse of `leaves`; whole numbers are places in lists, as torch's planner
+    writes them. Raises UsageError for a leaf inside of another."""
+    root: dict[Any, Any] = _Branch()
+    for path, node in nodes.items():
+        at = root
+        for key in path[:-1]:
+            at = at.setdefault(key, _Branch())
+            if not isinstance(at, _Branch):
+                raise UsageError(f"{path_name(path)} lies inside of a value")
+        at[path[-1]] = node
+    return _plain(root)
+
+
+class _Branch(dict[Any, Any]):
+    """Tells a level of the structure from a leaf's node, which can be a dict too."""
+
+
+def _plain(node: Any) -> Any:
+    if not isinstance(node, _Branch):
+        return node
+    if node and all(type(key) is int for key in node) and sorted(node) == list(range(len(node))):
+        return [_plain(node[index]) for index in range(len(node))]
+    if all(isinstance(key, str) and not key.startswith("$") for key in node):
+        return {key: _plain(item) for key, item in node.items()}
+    return {"$": "dict", "v": [[key, _plain(item)] for key, item in node.items()]}

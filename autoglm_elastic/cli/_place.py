@@ -51,6 +51,11 @@ def opened(run: str) -> StreamBlobs:
     return LocalBlobs(path)
 
 
+def made(run: str) -> StreamBlobs:
+    """As `opened`, for who may begin a run directory: one that is not there yet is made with the first blob."""
+    return opened(run) if is_url(run) or Path(run).exists() else LocalBlobs(run)
+
+
 @contextlib.contextmanager
 def claimed(run: str, *, force: bool) -> Iterator[None]:
     """Nobody starts a job here meanwhile, and none runs now. Raises UsageError naming who does."""

@@ -120,6 +120,9 @@ def diff_(
     run: Run,
     before: Annotated[str, typer.Argument(metavar="A", help="The older one.", show_default=False)],
     after: Annotated[str, typer.Argument(metavar="B", help="The newer one.", show_default=False)],
+    values: Annotated[
+        bool, typer.Option("--values", help="Read what differs, and tell how far it lies apart.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What differs between two snapshots, by the digests of their chunks."""
@@ -127,7 +130,13 @@ def diff_(
     catalog = Catalog(blobs)
     found = Inventory(blobs, catalog)
     one, other = found.find(before), found.find(after)
-    told = diff(blobs, (one.name, other.name), catalog.manifest(one), catalog.manifest(other))
+    manifests = catalog.manifest(one), catalog.manifest(other)
+    told = diff(blobs, (one.name, other.name), *manifests)
+    if values:
+        from autoglm_elastic.convert import compare_values
+
+        with text.progress("comparing", one.nbytes + other.nbytes, quiet=as_json) as advance:
+            told = compare_values(blobs, told, *manifests, on_bytes=advance)
     _json(told) if as_json else text.difference(told)
 
 

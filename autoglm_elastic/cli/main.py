@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from autoglm_elastic.cli import ckpt
+from autoglm_elastic.cli import ckpt, ckpt_convert
 from autoglm_elastic.errors import ElasticError, ExitCode
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Benchmarks against torch's own ways, on this machine.")
 app.add_typer(bench, name="bench")
+ckpt_convert.register(ckpt.app)
 app.add_typer(ckpt.app, name="ckpt")
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]

@@ -226,7 +226,7 @@ class SafetensorsWriter(StorageWriter):
                 raise UsageError(f"{name} is in the plan, but no rank wrote it", do="turn plan caching off")
             nodes[name] = {"$": "tensor", "v": name} if written is merged.tensors else values[name]
         paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
-        structure = _structure({tuple(paths.get(name, (name,))): node for name, node in nodes.items()})
+        structure = tree.nest({tuple(paths.get(name, (name,))): node for name, node in nodes.items()})
         whole = fmt.Structure(tensors=merged.tensors, tree=structure)
         cover = sum(table.prepared.cover for table in ranks) % (1 << 64)
         return fmt.Prepared(packs=merged.packs, structure=structure_digest(whole), cover=cover), whole
@@ -383,30 +383,3 @@ def _put_value(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
         set_element(planner.original_state_dict, planner.mappings[item.dest_index.fqn], value)
     else:
         planner.state_dict[item.dest_index.fqn] = value
-
-
-def _structure(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
-    """Nested JSON from leaves by path; whole numbers are places in lists, as torch's planner writes them."""
-    root: dict[Any, Any] = _Branch()
-    for path, node in nodes.items():
-        at = root
-        for key in path[:-1]:
-            at = at.setdefault(key, _Branch())
-            if not isinstance(at, _Branch):
-                raise UsageError(f"{tree.path_name(path)} lies inside of a value")
-        at[path[-1]] = node
-    return _plain(root)
-
-
-class _Branch(dict[Any, Any]):
-    """Tells a level of the structure from a leaf's node, which can be a dict too."""
-
-
-def _plain(node: Any) -> Any:
-    if not isinstance(node, _Branch):
-        return node
-    if node and all(type(key) is int for key in node) and sorted(node) == list(range(len(node))):
-        return [_plain(node[index]) for index in range(len(node))]
-    if all(isinstance(key, str) and not key.startswith("$") for key in node):
-        return {key: _plain(item) for key, item in node.items()}
-    return {"$": "dict", "v": [[key, _plain(item)] for key, item in node.items()]}
