@@ -28,6 +28,7 @@ def machine(tmp_path: Path) -> Path:
 
 def _program(path: Path, script: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link to the machine's own program, which must not be written through
     path.write_text(f"#!{shutil.which('bash')}\n{script}\n")
     path.chmod(0o755)
 
