@@ -128,6 +128,18 @@ class GenerationUnrecorded(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class StateTorn(Event, frozen=True, kw_only=True):
+    """A survivor left generation `generation` between an optimizer's step and the commit: what it holds is of
+    no step, and nobody resumes from it. When all survivors say so, the newest snapshot is what is left."""
+
+    event_name: ClassVar = "state.torn"
+    generation: int
+    rank: int
+    step: int
+    """The newest committed one."""
+    reason: str
+
+
 class WorkerStarted(Event, frozen=True, kw_only=True):
     """A worker process exists."""
 

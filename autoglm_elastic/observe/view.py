@@ -164,6 +164,8 @@ class RunView:
                 return [
                     ("bad", f"no snapshots before the record of generation {event.generation} can be written")
                 ]
+            case events.StateTorn():
+                return [("bad", f"rank {event.rank} cannot be resumed from: {event.reason}")]
             case events.SnapshotRejected():
                 return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
             case events.SnapshotRolledBack():

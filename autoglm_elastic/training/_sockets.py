@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 NEW_SOCKET_CHECK_S: Final = 0.01
@@ -35,29 +36,39 @@ def connected() -> dict[int, int]:
 
 
 class BreakableSockets:
-    """The sockets opened between `begin` and `end`, on any thread. `shutdown` may come from another thread,
-    at any time, also in between or before: what is opened after it is broken at once."""
+    """The sockets opened while inside of `noting`, on any thread. `shutdown` may come from another thread, at
+    any time, also meanwhile or before: what is opened after it is broken at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._broken = False
         self._built = threading.Event()
+        self._depth = 0
         self._before: dict[int, int] = {}
         self._ours: dict[int, int] = {}
         self._built.set()
 
-    def begin(self) -> None:
-        self._before = connected()
-        self._built.clear()
-
-    def end(self) -> None:
-        self._note()
-        self._built.set()
-        if self._broken:
-            self._shutdown_known()
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """May be nested."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._before = connected()
+                self._built.clear()
+        try:
+            yield
+        finally:
+            self._note()
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._built.set()
+            if self._broken:
+                self._shutdown_known()
 
     def shutdown(self, limit_s: float) -> None:
-        """Break all of them; while `begin … end` is under way go on with those that appear, at most
+        """Break all of them; while `noting` is under way go on with those that appear, at most
         `limit_s`."""
         self._broken = True
         for _ in range(max(1, int(limit_s / NEW_SOCKET_CHECK_S))):

@@ -17,6 +17,7 @@ from autoglm_elastic.core.lineage import EntryFact, GenerationRecord, parse_entr
 from autoglm_elastic.core.recovery import Holding, Plan
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, PlatformError
 from autoglm_elastic.ports import Outcome
+from autoglm_elastic.training.outcomes import MisuseError
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,26 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
     return agreement
 
 
+def agree_on_end(store: Any, rank: int, world_size: int, step: int, last_snapshot: bool) -> bool:
+    """The function returned here after `step`; waits for all ranks. Whether rank 0 wants a last snapshot.
+
+    Raises MisuseError on rank 0 when they did not commit as many steps, torch.distributed.DistError when a
+    peer is lost.
+    """
+    store.set(f"finished/{rank}", str(step))
+    if rank == 0:
+        steps = {
+            int(found) for found in store.multi_get([f"finished/{other}" for other in range(world_size)])
+        }
+        if len(steps) > 1:
+            raise MisuseError(
+                f"the function returned after different steps on different ranks: {sorted(steps)}",
+                valid="all ranks commit the same number of steps",
+            )
+        store.set("finish", "1" if last_snapshot else "0")
+    return bool(store.get("finish") == b"1")
+
+
 def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
     """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
     owed = _owed(held)
@@ -136,6 +157,18 @@ def _just_left(held: Sequence[Held], generation: int) -> bool:
     be newer: no other generation could have gone on, and a snapshot of that one is of a step that this holder
     took, too. A disk that cannot be read is not needed to go on from there."""
     return any(one.holding.complete and one.holding.generation == generation - 1 for one in held)
+
+
+def as_event(plan: Plan, generation: int) -> dict[str, Any]:
+    """The fields of `plan.decided`."""
+    return {
+        "generation": generation,
+        "tier": plan.tier,
+        "step": plan.step,
+        "source_rank": plan.source_rank,
+        "reason": plan.reason,
+        "rejected": list(plan.rejected),
+    }
 
 
 def write_records(

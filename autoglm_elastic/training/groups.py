@@ -2,19 +2,22 @@
 
 The only room that creates or destroys process groups. Each generation gets a c10d store with no memory of an
 earlier one (the agent hosts a fresh one), so that an address of a dead peer can never be read. Breaking frees
-every collective
-that waits: gloo's connections are shut down (its own abort does nothing), NCCL's communicators are aborted.
+every collective that waits, also in a group of the user's: gloo's connections are shut down (its own abort
+does nothing), NCCL's communicators are aborted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed import distributed_c10d
 
 from autoglm_elastic.training._sockets import BreakableSockets
 
@@ -24,6 +27,32 @@ STORE_CONNECT_S: Final = 60.0
 
 def backend_name() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def watch_new_groups(sockets: BreakableSockets) -> Callable[[], None]:
+    """Note the connections of every group that is made from now on, the user's own ones too: whoever waits in
+    one of those must be freed like the others. Returns what ends it.
+
+    All of torch's ways to make a group lead through one function of `distributed_c10d`; there is no public
+    one to be told of them.
+    """
+    make = distributed_c10d._new_process_group_helper
+
+    @functools.wraps(make)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        with sockets.noting():
+            return make(*args, **kwargs)
+
+    def end() -> None:
+        if distributed_c10d._new_process_group_helper is noted:
+            distributed_c10d._new_process_group_helper = make
+
+    distributed_c10d._new_process_group_helper = noted
+    return end
+
+
+def _nothing() -> None:
+    """Nothing is watched yet."""
 
 
 class Groups:
@@ -44,11 +73,11 @@ class Groups:
         self._sockets = BreakableSockets()
         self._ours = False
         self._votes: Any = None
+        self._unwatch: Callable[[], None] = _nothing
 
     def connect(self, master_addr: str, master_port: int) -> None:
         """A client of the generation's store. Raises torch.distributed.DistError when it does not answer."""
-        self._sockets.begin()
-        try:
+        with self._sockets.noting():
             client = TCPStore(
                 master_addr,
                 master_port,
@@ -56,24 +85,19 @@ class Groups:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=STORE_CONNECT_S),
             )
-        finally:
-            self._sockets.end()
         client.set_timeout(timedelta(seconds=self.timeout_s))
         self.store = PrefixStore(f"autoglm/{self.generation}", client)
 
     def build(self) -> None:
         """The default group over `store`; every rank of the generation calls it."""
-        self._sockets.begin()
-        try:
-            dist.init_process_group(
-                backend_name(),
-                store=PrefixStore("groups", self.store),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(seconds=self.timeout_s),
-            )
-        finally:
-            self._sockets.end()
+        self._unwatch = watch_new_groups(self._sockets)
+        dist.init_process_group(
+            backend_name(),
+            store=PrefixStore("groups", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
         self._ours = True
 
     def build_alone(self) -> None:
@@ -96,30 +120,30 @@ class Groups:
         """A second gloo group, for the snapshot thread only. Built at its first use: all ranks call at one
         boundary."""
         if self._votes is None:
-            self._sockets.begin()
-            try:
-                self._votes = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
-            finally:
-                self._sockets.end()
+            self._votes = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         return self._votes
 
     def break_(self) -> None:
         """From any thread, any number of times: whoever waits in a collective or for the store gets an
         error."""
         self._sockets.shutdown(self.timeout_s)
-        if torch.cuda.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-            with contextlib.suppress(RuntimeError, ValueError):
-                if group is not None:
+        if torch.cuda.is_available():
+            for group in list(distributed_c10d._world.pg_map):
+                with contextlib.suppress(RuntimeError, ValueError):
                     group._get_backend(torch.device("cuda")).abort()
 
     def close(self) -> list[Any]:
         """Drop the groups. Returns what is left of them: destroying that takes some 15 ms a group, so the
         caller lets go of it when training runs again."""
+        self._unwatch()
         remains = [self._votes, dist.group.WORLD if self._ours else None, self.store]
         self._votes = self.store = None
         if self._ours and dist.is_initialized():
             self._ours = False
             with contextlib.suppress(RuntimeError, ValueError):
                 dist.destroy_process_group()
+        if not dist.is_initialized():
+            # Names of groups are counted. A build that failed has counted, and nothing undoes that: the names
+            # of the next generation would differ from those of a newcomer, and all would wait for each other.
+            distributed_c10d._world.group_count = 0
         return remains

@@ -225,7 +225,7 @@ class Job:
 
     def snapshot(self) -> SnapshotRequest:
         """Ask for a snapshot. All ranks take it at the same step boundary, at the latest the one after the
-        next."""
+        next. Without a run directory none is taken."""
         self._snapshot_wanted = self._snapshot_wanted or SnapshotRequest()
         return self._snapshot_wanted
 

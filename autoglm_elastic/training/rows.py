@@ -149,16 +149,19 @@ def _mean(total: float, share: float) -> float | None:
 
 
 def require_number(name: str, value: Any) -> None:
-    """Raises MisuseError unless `value` is one real number, in a tensor or not. Looks at no device."""
-    numel = value.numel() if isinstance(value, Tensor) else 1
-    complex_ = isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex())
-    if numel == 1 and not complex_ and (isinstance(value, Tensor) or _floats(value)):
+    """Raises MisuseError unless `value` is one real number, in a tensor or not, or None. Looks at no device."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return
+        got = f"a tensor of {value.dtype} and shape {list(value.shape)}"
+    elif value is None or _floats(value):
         return
-    shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+    else:
+        got = f"a {type(value).__name__}"
     raise MisuseError(
-        f"job.commit({name}=…): a {type(value).__name__}{shape} is no number",
+        f"job.commit({name}=…): {got} is no number",
         valid="a number, or a tensor of one element",
-        do=f"{name}.mean()" if numel != 1 else "",
+        do=f"{name}.mean()" if isinstance(value, Tensor) and not value.is_complex() else "",
     )
 
 

@@ -21,7 +21,7 @@ def run(function: Callable[Concatenate[Job, P], T]) -> Callable[P, T]:
     """Enter `function(job, …)` again, in the same process, whenever the world changes.
 
     Returns what the function returns. Its errors pass through; `WorldChanged` never does. Without a launcher
-    the world is this process, or what stock torchrun says.
+    the world is this process, or what stock torchrun says, and each call is a training of its own.
     """
 
     @functools.wraps(function)
@@ -29,7 +29,8 @@ def run(function: Callable[Concatenate[Job, P], T]) -> Callable[P, T]:
         global _session, _inside
         if _inside:
             raise MisuseError("elastic.run inside of elastic.run", valid="one training function at a time")
-        _session = _session or Session()
+        if _session is None or not _session.elastic:
+            _session = Session()
         _inside = True
         try:
             return _session.execute(function, args, kwargs)

@@ -7,6 +7,7 @@ world's end when the generation is known, or within a grace becomes known, to be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -25,7 +26,7 @@ from autoglm_elastic.core.split import Cursor
 from autoglm_elastic.errors import ExitCode
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training import endings, environment
-from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree
+from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree, agree_on_end, as_event
 from autoglm_elastic.training.control import Control
 from autoglm_elastic.training.groups import Groups
 from autoglm_elastic.training.job import Job
@@ -85,13 +86,24 @@ class Session:
     def execute(self, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         """Enter `function(job, *args, **kwargs)` once for every world, until it returns."""
         if self._control is not None:
+            if self._generation >= 0:
+                raise MisuseError(
+                    "elastic.run was called again after its function had ended",
+                    valid="one training function in a job; put what comes after it into the same function",
+                )
             self._control.send(wire.Hello(os.getpid()))
-        with self._signal.handled(lambda: self._control is not None and self._control.waiting):
+        with (
+            contextlib.closing(self.metrics),
+            self._signal.handled(self._worldless),
+        ):
             while True:
                 world = self._next_world()
                 over, value = self._one_generation(world, function, args, kwargs)
                 if not over:
                     return value  # type: ignore[return-value]  # it is the function's own value then
+
+    def _worldless(self) -> bool:
+        return self._control is not None and self._control.waiting
 
     def _next_world(self) -> wire.World:
         if self._signal.number:
@@ -246,40 +258,17 @@ class Session:
         if plan.tier == "fresh":
             torch.set_rng_state(self._random)
         if world.rank == 0:
-            self._emit(
-                "plan.decided",
-                {
-                    "generation": world.generation,
-                    "tier": plan.tier,
-                    "step": plan.step,
-                    "source_rank": plan.source_rank,
-                    "reason": plan.reason,
-                    "rejected": list(plan.rejected),
-                },
-            )
+            self._emit("plan.decided", as_event(plan, world.generation))
         self.metrics.enter(world.rank, self.state.step, self.state.generation, live=plan.tier == "live")
         self._note(wire.RankState.RUNNING)
 
     def _finish(self, job: Job, groups: Groups) -> None:
         """The function returned here. Nobody is done before everybody is: a rank that dies now finds us ready
-        to help.
-
-        Raises torch.distributed.DistError when a peer is lost meanwhile.
-        """
-        store = groups.store
+        to help. Raises torch.distributed.DistError then."""
+        needed = job.needs_last_snapshot
         if job.world > 1:
-            store.set(f"finished/{job.rank}", str(job.step))
-            if job.rank == 0:
-                steps = {int(s) for s in store.multi_get([f"finished/{rank}" for rank in range(job.world)])}
-                if len(steps) > 1:
-                    raise MisuseError(
-                        f"the function returned after different steps on different ranks: {sorted(steps)}",
-                        valid="all ranks commit the same number of steps",
-                    )
-                store.set("finish", "1" if job.needs_last_snapshot else "0")
-            job.finish(store.get("finish") == b"1")
-        else:
-            job.finish(job.needs_last_snapshot)
+            needed = agree_on_end(groups.store, job.rank, job.world, job.step, needed)
+        job.finish(needed)
         self._done(job, requeue=False)
 
     def _done(self, job: Job, *, requeue: bool) -> None:
@@ -317,6 +306,16 @@ class Session:
         if job is not None:
             job.close()
         self.state.leave()
+        if failed_at and (torn := self.state.torn):
+            self._emit(
+                "state.torn",
+                {
+                    "generation": groups.generation,
+                    "rank": groups.rank,
+                    "step": self.state.step,
+                    "reason": torn,
+                },
+            )
         if self._snapshots is not None:
             self._snapshots.close()
             self._snapshots = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._pytree import tree_map_only
 
 
@@ -25,7 +26,12 @@ def shard_module(
     options: dict[str, Any],
 ) -> None:
     """`fully_shard` over a mesh of the world. `scale()`: this rank's share of the batch times the world
-    size."""
+    size.
+
+    Two meshes of as many ranks are equal to torch, whatever this process is in them: what its caches of
+    sharding decisions return has the mesh, and with it the rank, of an earlier generation. So they are cleared.
+    """
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     settings = {"mesh": init_device_mesh(device.type, (world_size,))} | options
     for child in module.children():
         has_parameters = next(child.parameters(), None) is not None

@@ -11,6 +11,7 @@ May touch: the tracked objects. Must never: decide what to resume from (core/rec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -61,6 +62,7 @@ class State:
         self._load: Loader | None = None
         self._skip = SkippedInitialization()
         self._committed_here = False
+        self._stepped: list[str] = []
 
     # One generation.
 
@@ -96,6 +98,7 @@ class State:
             generation if plan.tier == "fresh" else plan.generation,
         )
         self.dirty = self._committed_here = False
+        self._stepped.clear()
         if plan.tier != "fresh":
             self._skip = SkippedInitialization()
             self._skip.start()
@@ -133,14 +136,34 @@ class State:
     def tracks(self, target: Any) -> bool:
         return any(tracked.target is target for tracked in self._objects.values())
 
-    def mark_dirty(self) -> None:
+    def stepping(self, optimizer: str) -> None:
+        """An optimizer begins to change the state; until the commit it is no state of any step."""
         self.dirty = True
+        self._stepped.append(optimizer)
+
+    @property
+    def torn(self) -> str:
+        """Why the state that was left is no source for anybody, "" when it is one."""
+        if not self.dirty:
+            return ""
+        begun = f"step {self.step + 1} was half made"
+        if not self._stepped:
+            return (
+                f"{begun}: a parameter without an optimizer was changed, and an error came before job.commit"
+            )
+        others = [n for n, t in self._objects.items() if isinstance(t, TrackedOptimizer)]
+        others = [name for name in others if name not in self._stepped]
+        done = f"{begun}: {', '.join(map(repr, dict.fromkeys(self._stepped)))} had stepped"
+        if others:
+            return f"{done}, {', '.join(map(repr, others))} had not"
+        return f"{done}, and an error came before job.commit"
 
     def committed(self, generation: int) -> None:
         """A step boundary: the state is whole again, of one step more."""
         self.step += 1
         self.generation = generation
         self.dirty = False
+        self._stepped.clear()
         self._committed_here = True
         self._live = {}
         for tracked in self._objects.values():
@@ -210,7 +233,9 @@ class State:
         for name in objects:
             if name in self._objects:
                 raise MisuseError(f"job.track({name}=…): the name is taken", valid="one object for each name")
-        new = {name: wrap(name, target, known, self.mark_dirty) for name, target in objects.items()}
+        new = {
+            name: wrap(name, target, known, partial(self.stepping, name)) for name, target in objects.items()
+        }
         self._objects.update(new)
         return new
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -23,7 +24,11 @@ class StopSignal:
 
     @contextmanager
     def handled(self, waiting: Callable[[], bool]) -> Iterator[None]:
-        """While inside, the signals are noted. `waiting()`: there is no world to agree on a stop with."""
+        """While inside, the signals are noted, if this is the main thread: Python lets no other one set handlers.
+        `waiting()`: there is no world to agree on a stop with."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def on_signal(number: int, _frame: object) -> None:
             if self.number:

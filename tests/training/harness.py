@@ -91,7 +91,9 @@ class Cluster:
         settings: dict[str, Any] | None = None,
         first_generation: int = 0,
         launcher: bool = True,
+        host: str = "127.0.0.1",
     ) -> None:
+        self._host = host
         self.zygote = zygote
         self.folder = folder
         self.job, self.args = job, args or {}
@@ -144,7 +146,7 @@ class Cluster:
     def store_for(self, generation: int) -> Any:
         if generation not in self._stores:
             self._stores[generation] = dist.TCPStore(
-                "127.0.0.1", 0, None, True, timeout=timedelta(seconds=LIMIT_S), wait_for_workers=False
+                self._host, 0, None, True, timeout=timedelta(seconds=LIMIT_S), wait_for_workers=False
             )
         return self._stores[generation]
 
@@ -303,7 +305,7 @@ class Cluster:
             group_world_size=1,
             role_rank=rank,
             role_world_size=size,
-            master_addr="127.0.0.1",
+            master_addr=self._host,
             master_port=port,
             restart_count=0,
             planned=planned,

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -111,6 +112,7 @@ def train(
     epochs: int = 1000,
     far: bool = False,
     held: str = "",
+    loaders: int = 0,
 ) -> None:
     """A small regression.
 
@@ -153,7 +155,7 @@ def train(
             step=job.step,
             tier=job.tier,
         )
-        for index, x, y in job.batches(data, batch, epochs=epochs):
+        for index, x, y in job.batches(data, batch, epochs=epochs, num_workers=loaders):
             if job.step >= steps:
                 break
             if [job.generation, job.step, job.rank] in (holds or []):
@@ -256,6 +258,56 @@ def lagging(steps: int) -> None:
         say(result={"digest": digest(dict(model.named_parameters())), "entered": entered})
 
     function()
+
+
+def grouped(steps: int) -> None:
+    """A group of the user's own; in its third step rank 1 never comes to the collective over it."""
+    entered = 0
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        nonlocal entered
+        entered += 1
+        torch.manual_seed(4)
+        group = dist.new_group(backend="gloo")
+        model = job.replicate(nn.Linear(4, 4))
+        optim = torch.optim.SGD(model.parameters(), lr=0.1)
+        job.track(model=model, optim=optim)
+        while job.step < steps:
+            if job.generation == 0 and job.step == 3 and job.rank == 1:
+                stop_here(holding=3)
+            say(meeting=job.step)
+            seen = torch.ones(1)
+            dist.all_reduce(seen, group=group)
+            assert int(seen) == job.world
+            model(torch.randn(2, 4)).pow(2).mean().backward()
+            optim.step()
+            optim.zero_grad()
+            job.commit()
+        say(result={"digest": digest(dict(model.named_parameters())), "entered": entered})
+
+    function()
+
+
+def dying(**args: Any) -> None:
+    """dying.py"""
+    import dying as module
+
+    module.run(say, **args)
+
+
+def commits(value: str, calls: int = 1) -> None:
+    """One step with this loss, in as many calls."""
+    losses = {"vector": torch.ones(3), "text": "1", "complex": torch.tensor(1j), "number": torch.tensor(1)}
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        job.track(model=job.replicate(nn.Linear(4, 4)))
+        job.commit(loss=losses[value])
+        say(steps=job.step)
+
+    for _ in range(calls):
+        function()
 
 
 def failing(step: int) -> None:

@@ -125,6 +125,25 @@ def test_a_peer_that_hangs_holds_nobody(zygote: Zygote, tmp_path: Path) -> None:
         assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("live", 4)}
 
 
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_group_of_the_users_own_holds_nobody(zygote: Zygote, tmp_path: Path, how: str) -> None:
+    with Cluster(zygote, tmp_path, "grouped", {"steps": 6}) as cluster:
+        cluster.start(3)
+        lost = cluster.alive[1]
+        cluster.wait_said(lost, holding=3)
+        for worker in (cluster.alive[0], cluster.alive[2]):
+            cluster.wait_said(worker, meeting=3)
+        if how == "killed":
+            cluster.kill(lost)
+        else:
+            cluster.forget(lost)
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        results = cluster.results()
+        assert [r["entered"] for r in results] == [2, 2, 1]
+        assert len({r["digest"] for r in results}) == 1
+
+
 def test_sharded_state_grows_without_a_run_directory(zygote: Zygote, tmp_path: Path) -> None:
     args: dict[str, Any] = {"steps": 9, "shard": True, "frozen": True, "batch": 12}
     with Cluster(zygote, tmp_path, "train", args | {"holds": [[0, 4, -1]]}) as cluster:

@@ -42,6 +42,21 @@ def test_without_our_launcher(zygote: Zygote, tmp_path: Path, run_dir: Path, wor
     assert [len(d) for d in digests] == [1, 1]
 
 
+@pytest.mark.parametrize("value", ["vector", "text", "complex"])
+def test_what_is_no_number_is_refused_in_one_line(zygote: Zygote, tmp_path: Path, value: str) -> None:
+    with Cluster(zygote, tmp_path, "commits", {"value": value}, launcher=False) as cluster:
+        cluster.start_as_torchrun(0)
+        cluster.wait_exits(code=1)
+        assert "job.commit(loss=…)" in cluster.logs().splitlines()[-1]
+
+
+def test_without_a_launcher_each_call_is_a_training_of_its_own(zygote: Zygote, tmp_path: Path) -> None:
+    with Cluster(zygote, tmp_path, "commits", {"value": "number", "calls": 2}, launcher=False) as cluster:
+        cluster.start_as_torchrun(0)
+        cluster.wait_exits()
+        assert [s["steps"] for s in cluster.alive[0].said] == [1, 1]
+
+
 def test_an_error_of_the_users_own_ends_the_worker(zygote: Zygote, tmp_path: Path) -> None:
     with Cluster(zygote, tmp_path, "failing", {"step": 2}) as cluster:
         cluster.start(2)

@@ -1,0 +1,30 @@
+"""DataLoader's worker processes across a recovery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+from harness import Cluster, Zygote
+from test_recovery import committed_indices
+
+
+def test_loader_processes_end_with_their_world_and_keep_the_order(zygote: Zygote, tmp_path: Path) -> None:
+    args = {"steps": 12, "batch": 6, "size": 27, "die": {"rank": 1, "step": 6}, "loaders": 2}
+    with Cluster(zygote, tmp_path, "train", args) as cluster:
+        cluster.start(2)
+        survivor, doomed = cluster.alive
+        cluster.wait_said(doomed, dying=6)
+        loaders = psutil.Process(survivor.pid).children()
+        assert len(loaders) == 2
+        cluster.kill(doomed)
+        cluster.reform(add=1)
+        cluster.wait_said(survivor, committed=8)
+        gone, _ = psutil.wait_procs(loaders, timeout=30)
+        assert len(gone) == 2, "those of the world before have ended"
+        cluster.wait_exits()
+        assert len({r["digest"] for r in cluster.results()}) == 1
+        indices = committed_indices(cluster)
+    for epoch in range(2):
+        taken = [i for step in range(epoch * 5, epoch * 5 + 5) for i in indices[step + 1]]
+        assert sorted(taken) == list(range(27))
