@@ -26,7 +26,7 @@ its door."""
 
 WALL_CLOCK = {
     "autoglm_elastic/coordination/clock.py": "the clock",
-    "autoglm_elastic/agent/supervisor.py": "stamps an event for people",
+    "autoglm_elastic/agent/_group.py": "stamps an event for people",
     "autoglm_elastic/training/metrics.py": "stamps a row for people",
     "autoglm_elastic/training/session.py": "stamps a commit for people",
     "autoglm_elastic/bench/jobs.py": "compares with what another process stamped",

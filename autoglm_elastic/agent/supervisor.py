@@ -22,13 +22,14 @@ import os
 import selectors
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
+from autoglm_elastic.agent._group import NodeGroup
 from autoglm_elastic.agent._store_side import StoreSide
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
 from autoglm_elastic.agent.session import (
@@ -70,15 +71,12 @@ class Supervisor:
         self._handler = handler
         self._session = handler.session
         self._slots = agent.slots
-        self._generation: Generation | None = None
+        self._group = NodeGroup(agent, handler.session.node)
         self._reported_broken = -1
         self._reported_finished = -1
-        self._started_at = 0.0
-        self._planned = False
         self._store = StoreSide(agent.settings.store.lost_limit_s)
         self._failures: dict[int, ProcessFailure] = {}
         self._result: RunResult | None = None
-        self._running = False
         self._stop_deadline: float | None = None
         self._finish_deadline: float | None = None
         self._leave_deadline: float | None = None
@@ -132,6 +130,7 @@ class Supervisor:
         deadlines = [slot.unwind_deadline for slot in self._slots] + [
             self._stop_deadline,
             self._finish_deadline,
+            self._leave_deadline,
             self._store.deadline,
         ]
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -140,27 +139,19 @@ class Supervisor:
     # Membership.
 
     def _on_sealed(self, generation: Generation) -> None:
-        if self._generation is not None and generation.number <= self._generation.number:
+        known = self._group.generation
+        if known is not None and generation.number <= known.number:
             return
         placement = generation.placement(self._session.node)
         if placement is None:
-            if self._running:
-                self._stop_group(f"generation {generation.number} was sealed without this node")
+            self._group.stop(f"generation {generation.number} was sealed without this node")
             return
         try:
-            store, addr, port = self._handler.enter(generation)
+            where = self._handler.enter(generation)
         except (Superseded, RunClosed, NotJoined, WaitTimeout, StoreUnavailable) as error:
             # A newer generation, the end of the run or the loss of our lease: the session's next event says which.
             logger.info("generation %d cannot be entered: %s", generation.number, error)
             return
-        stayed = self._running and self._can_stay()
-        if self._running and not stayed:
-            self._stop_group(generation.reason)
-        # A planned world is entered from its parent; whoever missed the parent has no boundary to agree on.
-        previous = -1 if self._generation is None else self._generation.number
-        self._planned = generation.planned and generation.parent == previous
-        self._generation = generation
-        self._agent.place(generation, placement, store, addr, port)
         if placement.group_rank == 0:
             self._agent.emit(
                 events.GenerationSealed(
@@ -174,70 +165,23 @@ class Supervisor:
                     restart_count=generation.restart_count,
                 )
             )
-        if stayed:
-            for slot in self._slots:
-                self._move(slot)
-        else:
-            self._agent.start_all()
-            self._inbox.take_over(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ""))
-            self._running = True
-            for slot in self._slots:
-                self._send_world(slot)
-                self._log_started(slot)
+        if not self._group.enter(generation, placement, where, self._take_signals_over):
             self._handler.settle()
-        self._started_at = time.monotonic()
         self._store.tell(lambda: self._session.report_entered(generation.number))
 
-    def _can_stay(self) -> bool:
-        """Everybody who is alive here runs `elastic.run` (and whoever died did)."""
-        return all(slot.can_stay for slot in self._slots)
-
-    def _move(self, slot: WorkerSlot) -> None:
-        """One slot to the generation just placed: its process is told, or a new one is started."""
-        if not slot.alive:
-            self._agent.replace(slot)
-            self._send_world(slot)
-            self._log_started(slot)
-            return
-        world = self._send_world(slot)
-        slot.pending = world
-        if not world.planned:
-            slot.unwind_deadline = time.monotonic() + self._agent.settings.recovery.unwind_limit_s
-
-    def _send_world(self, slot: WorkerSlot) -> wire.World:
-        generation = self._current()
-        worker = self._agent.get_worker_group().workers[slot.local_rank]
-        group: Any = self._agent.get_worker_group()
-        world = wire.World(
-            generation=generation.number,
-            parent=generation.parent,
-            rank=worker.global_rank,
-            world_size=worker.world_size,
-            local_rank=slot.local_rank,
-            local_world_size=len(self._slots),
-            group_rank=group.group_rank,
-            group_world_size=group.group_world_size,
-            role_rank=worker.role_rank,
-            role_world_size=worker.role_world_size,
-            master_addr=group.master_addr,
-            master_port=group.master_port,
-            restart_count=generation.restart_count,
-            planned=self._planned,
-            reason=generation.reason,
-        )
-        slot.send(world)
-        return world
+    def _take_signals_over(self) -> None:
+        """Starting workers has set torch's own handlers."""
+        self._inbox.take_over(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ""))
 
     def _on_closed(self, event: Closed) -> None:
         if event.outcome == "done":
-            if self._running and not self._all_finished() and any(slot.step_max >= 0 for slot in self._slots):
+            if self._group.running and not self._group.all_finished and self._group.has_committed:
                 # The others were a moment faster; ours are on their way out.
                 self._leave_deadline = time.monotonic() + LEAVE_S_MAX
                 return
             self._succeed()
             return
-        if self._running:
-            self._stop_group(event.reason)
+        self._group.stop(event.reason)
         if not self._failures:
             raise PlatformError(f"the job has ended: {event.reason}")
         logger.error("%s", event.reason)
@@ -245,29 +189,26 @@ class Supervisor:
 
     def _succeed(self) -> None:
         """The job is done. Workers that are still here only waited for a world that will not come."""
-        self._agent.requeue = any(slot.done is not None and slot.done.requeue for slot in self._slots)
-        if self._running and not self._all_finished():
-            self._stop_group("the job is done")
+        self._agent.requeue = self._group.leaves_to_return
+        if not self._group.all_finished:
+            self._group.stop("the job is done")
         ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
         self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
 
     def _give_up_store(self) -> None:
         """The store did not come back in time: leave, with a snapshot while there are workers that can take one."""
         error = self._store.give_up()
-        if not self._running or not self._can_stay():
-            if self._running:
-                self._stop_group(str(error))
+        if not self._group.running or not self._group.can_stay:
+            self._group.stop(str(error))
             raise error
-        if self._all_finished():
+        if self._group.all_finished:
             self._succeed()
         elif self._stop_deadline is None:
             self._ask_to_leave(signal.SIGTERM)
 
     def _on_lease_lost(self, event: LeaseLost) -> None:
         """Fence ourselves: nothing of this node may run on once others may think it dead."""
-        for slot in self._slots:
-            if slot.alive:
-                self._agent.kill(slot)
+        self._group.kill_all()
         raise PlatformError(
             f"this node lost its membership: {event.reason}",
             do="start the same command again: it rejoins the job, or resumes it from the run directory",
@@ -287,12 +228,12 @@ class Supervisor:
             elif isinstance(message, wire.Done):
                 slot.done = message
             elif isinstance(message, wire.Event):
-                self._agent.emit_named(message.name, message.fields, rank=self._rank(slot))
-            elif isinstance(message, wire.Resumed) and self._rank(slot) == 0:
+                self._agent.emit_named(message.name, message.fields, rank=self._group.rank(slot))
+            elif isinstance(message, wire.Resumed) and self._group.rank(slot) == 0:
                 self._agent.emit(
                     events.IncidentClosed(
                         generation=message.generation,
-                        parent=self._current().parent,
+                        parent=self._group.current.parent,
                         from_step=message.from_step,
                         step=message.step,
                         tier=message.tier,
@@ -309,11 +250,11 @@ class Supervisor:
             self._handler.settle()
 
     def _on_exits(self) -> None:
-        if not self._running:
+        if not self._group.running:
             return
         for local_rank, exit_code in self._agent.exits().items():
             slot = self._slots[local_rank]
-            if not slot.alive or not self._running:
+            if not slot.alive or not self._group.running:
                 continue
             self._on_messages(slot)
             slot.exit_code = exit_code
@@ -322,17 +263,14 @@ class Supervisor:
             ended_well = slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)
             if slot.pending is not None or not ended_well:
                 self._on_death(slot)
-        if self._running and self._all_finished():
+        if self._group.running and self._group.all_finished:
             if self._leave_deadline is None:
                 self._finish()
             else:
                 self._succeed()
 
-    def _all_finished(self) -> bool:
-        return all(slot.finished for slot in self._slots)
-
     def _finish(self) -> None:
-        generation = self._current()
+        generation = self._group.current
         if self._store.gave_up:
             self._succeed()
         elif self._reported_finished < generation.number:
@@ -341,8 +279,8 @@ class Supervisor:
             self._store.tell(lambda: self._session.report_finished(generation.number))
 
     def _on_death(self, slot: WorkerSlot) -> None:
-        generation = self._current()
-        failure = self._failure(slot)
+        generation = self._group.current
+        failure = self._group.failure(slot)
         self._agent.emit(
             events.WorkerDied(
                 rank=failure.rank,
@@ -359,7 +297,7 @@ class Supervisor:
             # It never entered the current generation, so nothing of that generation knows it: a new process
             # can.
             slot.pending = None
-            self._move(slot)
+            self._group.move(slot)
             return
         if self._reported_broken < generation.number:
             self._failures = {}
@@ -367,35 +305,12 @@ class Supervisor:
         if self._stop_deadline is not None or failure.exit_code == ExitCode.DO_NOT_RESTART:
             self._fail_for_good(failure)
             return
-        in_place = self._can_stay()
+        in_place = self._group.can_stay
         if in_place:
-            for other in self._slots:
-                if other.alive and other.pending is None:
-                    other.send(wire.Break(generation.number, str(failure)))
+            self._group.break_up(failure)
         self._report_broken(generation, failure)
         if not in_place:
-            result = self._agent.group_result()
-            self._failures = dict(result.failures) or self._failures
-            self._forget_group()
-
-    def _failure(self, slot: WorkerSlot) -> Failure:
-        for other in self._slots:
-            other.note()
-        exit_code = slot.exit_code if slot.exit_code is not None else -int(signal.SIGKILL)
-        if exit_code == 0:
-            message = "it exited before its training was over"
-        else:
-            error = self._agent.failure_of(slot).error_file_data.get("message", {})
-            message = str(error.get("message", "")) if isinstance(error, dict) else ""
-        return Failure(
-            node=self._session.node,
-            local_rank=slot.local_rank,
-            rank=self._rank(slot),
-            exit_code=exit_code,
-            message=message,
-            step=max(other.step_max for other in self._slots),
-            wall_time=time.time(),
-        )
+            self._failures = self._group.stop_failed() or self._failures
 
     def _report_broken(self, generation: Generation, failure: Failure) -> None:
         if self._reported_broken >= generation.number:
@@ -406,52 +321,19 @@ class Supervisor:
                 id=generation.number, reason=str(failure), node=failure.node, rank=failure.rank
             )
         )
-        alive_s = time.monotonic() - self._started_at
+        alive_s = time.monotonic() - self._group.started_at
         self._store.tell(lambda: self._session.report_broken(generation.number, failure, alive_s=alive_s))
 
     def _fail_for_good(self, failure: Failure) -> None:
         self._store.tell(lambda: self._session.close_run("failed", str(failure), failure))
-        if self._running:
-            self._stop_group(str(failure))
+        self._group.stop(str(failure))
         self._result = RunResult(WorkerState.FAILED, failures=self._failures)
-
-    def _stop_group(self, reason: str) -> None:
-        logger.info("stopping the workers of this node: %s", reason)
-        self._agent.stop_all()
-        self._forget_group()
-
-    def _forget_group(self) -> None:
-        self._running = False
-        for slot in self._slots:
-            slot.note()
-            slot.close()
-            slot.pid = 0
-            slot.exit_code = None
-            slot.can_stay = False
-            slot.pending = None
-            slot.unwind_deadline = None
 
     # Deadlines and signals.
 
     def _on_deadlines(self) -> None:
         now = time.monotonic()
-        for slot in self._slots:
-            if slot.alive and slot.unwind_deadline is not None and now >= slot.unwind_deadline:
-                slot.unwind_deadline = None
-                limit = self._agent.settings.recovery.unwind_limit_s
-                logger.warning(
-                    "rank %d did not unwind within %.1f s: killing and replacing it", self._rank(slot), limit
-                )
-                self._agent.emit(
-                    events.WorkerStuck(
-                        rank=self._rank(slot),
-                        node=self._session.node,
-                        pid=slot.pid,
-                        generation=self._current().number,
-                        waited_s=limit,
-                    )
-                )
-                self._agent.kill(slot)
+        self._group.kill_stuck(now)
         if self._store.deadline is not None and now >= self._store.deadline and self._result is None:
             self._give_up_store()
         if self._stop_deadline is not None and now >= self._stop_deadline:
@@ -463,9 +345,8 @@ class Supervisor:
             self._succeed()
 
     def _on_signal(self, received: signal.Signals) -> None:
-        graceful = (
-            self._running and self._can_stay() and received in STOP_SIGNALS and self._stop_deadline is None
-        )
+        may_stay = self._group.running and self._group.can_stay
+        graceful = may_stay and received in STOP_SIGNALS and self._stop_deadline is None
         if not graceful:
             raise SignalException(f"got signal {received.name}", received)
         self._ask_to_leave(received)
@@ -474,25 +355,4 @@ class Supervisor:
         """The workers agree on a boundary, commit a snapshot there, and end."""
         self._stop_signal = received
         self._stop_deadline = time.monotonic() + self._agent.stop_timeout_s
-        for slot in self._slots:
-            slot.send(wire.Stop(int(received), self._agent.stop_timeout_s))
-
-    def _log_started(self, slot: WorkerSlot) -> None:
-        self._agent.emit(
-            events.WorkerStarted(
-                rank=self._rank(slot),
-                local_rank=slot.local_rank,
-                node=self._session.node,
-                pid=slot.pid,
-                generation=self._current().number,
-                how=self._agent.how_started(slot),
-            )
-        )
-
-    def _rank(self, slot: WorkerSlot) -> int:
-        return int(self._agent.get_worker_group().workers[slot.local_rank].global_rank)
-
-    def _current(self) -> Generation:
-        if self._generation is None:
-            raise RuntimeError("no generation has been entered")
-        return self._generation
+        self._group.ask_to_leave(received, self._agent.stop_timeout_s)

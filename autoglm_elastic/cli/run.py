@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.args.print_config:
             _print_config(command, argv)
             return ExitCode.DONE
-        return launcher.launch(command)
+        code = launcher.launch(command)
     except ElasticError as error:
         _say(str(error))
         return error.exit_code
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped by SIGINT")
         return _SIGNAL_BASE + 2
+    if code == ExitCode.REQUEUE:
+        _say("stopped on request, with a snapshot: the same command goes on from it")
+    return code
 
 
 def _say(message: str) -> None:

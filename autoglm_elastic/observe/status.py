@@ -123,6 +123,7 @@ def lines(status: Status) -> list[str]:
         f" {count(status.failures, 'failure')}, {status.recoveries} recovered from;"
         f" {count(status.snapshots, 'snapshot')}{newest}",
     ]
-    out += [f"  rank {r.rank}  {r.state:<13} {r.node} pid {r.pid or '?'}" for r in status.ranks]
+    if status.alive is not False:
+        out += [f"  rank {r.rank}  {r.state:<13} {r.node} pid {r.pid or '?'}" for r in status.ranks]
     out += [f"  {message}" for message in status.messages]
     return out

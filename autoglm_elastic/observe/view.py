@@ -188,6 +188,8 @@ class RunView:
                 return [("bad", f"failed: {event.reason}")]
             case events.JobStopped():
                 self._move([Ended(TaskState.PAUSED)])
+                if event.requeue:
+                    return [("note", "stopped on request, with a snapshot: the same command goes on from it")]
                 return [("note", f"stopped on signal {event.signal}")]
         return []
 

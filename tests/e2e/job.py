@@ -88,6 +88,10 @@ class Job:
         """Step numbers in the order that rank 0 committed them."""
         return [line["step"] for line in self.reports if line.get("rank") == 0 and "step" in line]
 
+    def read(self) -> None:
+        """Take in what has been printed so far; never waits."""
+        self._read(0.0)
+
     def _read(self, timeout_s: float) -> bool:
         if self.process.stdout is None:
             return False

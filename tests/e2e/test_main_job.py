@@ -66,7 +66,7 @@ def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
     port = free_port()
     common = (
         "--nnodes=1:2", "--nproc-per-node=2", "--rdzv-backend=autoglm", f"--rdzv-endpoint=localhost:{port}",
-        "--rdzv-id=agents", "--run-dir", run_dir, TRAIN, "--pause-s=0.05", "--steps=90",
+        "--rdzv-id=agents", "--run-dir", run_dir, TRAIN, "--pause-s=0.05", "--steps=5000",
     )  # fmt: skip
     with Job(*common) as one, Job(*common) as other:
         one.wait_for(lambda line: line.get("step", 0) >= 10 and line["world"] == 4)
@@ -74,13 +74,14 @@ def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
         first, second = (one, other) if one.process.pid == host else (other, one)
         second.process.kill()
         second.process.wait()
-        first.wait_for(lambda line: line.get("world") == 2 and "step" in line)
+        shrunk = first.wait_for(lambda line: line.get("world") == 2 and "step" in line)["step"]
         with Job(*common) as third:
-            first.wait_for(lambda line: line.get("world") == 4 and line.get("step", 0) > 20)
-            assert first.wait() == 0, first.output()
-            assert third.wait() == 0, third.output()
+            first.wait_for(lambda line: line.get("world") == 4 and line.get("step", 0) > shrunk)
+            first.process.send_signal(signal.SIGTERM)
+            assert first.wait() == 75, first.output()
+            assert third.wait() == 75, third.output()
     ranks = [line["step"] for line in first.reports if "step" in line]  # any rank: one may be a step behind
-    assert sorted(set(ranks)) == list(range(min(ranks), 91)), "no step was lost"
+    assert sorted(set(ranks)) == list(range(min(ranks), max(ranks) + 1)), "no step was lost"
     tiers = [closed["tier"] for closed in events(run_dir, "incident.closed")]
     assert set(tiers[1:]) == {"live"}, tiers
 

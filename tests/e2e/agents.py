@@ -1,0 +1,86 @@
+"""Several agents of one job, on this machine, for end-to-end tests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from job import Job, Line
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The fields of the events of that name, in order."""
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [record["fields"] for record in map(json.loads, lines) if record["name"] == name]
+
+
+def agent(
+    port: int, run_dir: Path, *arguments: str | os.PathLike[str], nodes: str = "1:2", nproc: int = 2
+) -> Job:
+    """One agent of the job whose store is at `port`; `arguments`: more flags, the script, its own."""
+    return Job(
+        f"--nnodes={nodes}", f"--nproc-per-node={nproc}", "--rdzv-backend=autoglm",
+        f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=agents", "--run-dir", run_dir, *arguments,
+    )  # fmt: skip
+
+
+def host_first(run_dir: Path, *jobs: Job) -> list[Job]:
+    """The same jobs, the one that hosts the store first."""
+    host = next(
+        started["pid"] for started in reversed(events(run_dir, "job.started")) if started["hosts_store"]
+    )
+    return sorted(jobs, key=lambda job: job.process.pid != host)
+
+
+def wait_for(jobs: list[Job], wanted: Callable[[Line], bool], timeout_s: float = 60.0) -> tuple[Job, Line]:
+    """The first report, past or future, of any of them that is wanted."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for job in jobs:
+            for line in job.reports:
+                if wanted(line):
+                    return job, line
+        left = deadline - time.monotonic()
+        outputs = [job.process.stdout for job in jobs if job.process.stdout is not None]
+        ready = select.select(outputs, [], [], max(0.0, left))[0]
+        assert ready, f"not reported within {timeout_s} s\n" + "\n".join(job.output() for job in jobs)
+        for job in jobs:
+            job.read()
+
+
+def wait(*jobs: Job, timeout_s: float = 90.0) -> list[int]:
+    """Read all to the end; their exit codes."""
+    return [job.wait(timeout_s) for job in jobs]
+
+
+def committed(run_dir: Path) -> list[tuple[int, int]]:
+    """(generation, step) of every step that rank 0 committed, in order."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["generation"], line["step"]) for line in lines]
+
+
+def assert_each_step_once(run_dir: Path) -> None:
+    """Every step from the first to the last was committed, in order, and none again."""
+    assert_chain(committed(run_dir))
+
+
+def assert_chain(steps: list[tuple[int, int]]) -> None:
+    """(generation, step), as rank 0 committed them: one after the other. When a world breaks another rank may have
+    been a step ahead; that step counts, and rank 0 takes it over without a line of its own."""
+    assert steps[0][1] == 1
+    for before, after in itertools.pairwise(steps):
+        ahead = after[1] - before[1]
+        assert ahead == 1 or (ahead == 2 and after[0] > before[0]), (before, after, steps)
