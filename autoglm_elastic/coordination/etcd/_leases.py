@@ -87,7 +87,7 @@ class Leases:
     def _ask(self, lease: int, attempt_s: float) -> int:
         request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
         answer: Any = self._transport.call(
-            "Lease.LeaseKeepAlive", request, repeatable=True, try_s=attempt_s, timeout_s=attempt_s
+            "Lease.LeaseKeepAlive", request, repeatable=True, try_s=attempt_s, once=True
         )
         return int(answer.TTL)
 

@@ -71,26 +71,27 @@ class Transport:
         *,
         repeatable: bool,
         try_s: float = TRY_S,
-        timeout_s: float | None = None,
+        once: bool = False,
     ) -> Any:
         """The answer to `request` of method `name` ("KV.Range").
 
         Args:
             repeatable: doing it twice is as good as once.
             try_s: bound of one attempt; of a write it is `WRITE_S`.
-            timeout_s: bound of the whole; default: the transport's.
+            once: one attempt, whoever it is that does not answer.
 
         Raises:
             StoreUnavailable, StoreRefused, LeaseGone, Compacted.
         """
-        deadline = self.clock.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        deadline = self.clock.monotonic() + (try_s if once else self.timeout_s)
         failures, logins, why = 0, 0, "no time"
         while True:
             remaining_s = deadline - self.clock.monotonic()
             if self.closing.is_set():
                 raise StoreUnavailable("the store is closed", sent=False)
-            if remaining_s <= 0:
-                self._tell(False)
+            if remaining_s <= 0 or (once and failures):
+                if not once:
+                    self._tell(False)
                 raise StoreUnavailable(f"etcd at {self.target.address} does not answer: {why}", sent=False)
             link = self.link()
             try:
@@ -126,7 +127,7 @@ class Transport:
                 raise
             self.doubt(link)
             failures += 1
-            if failures % len(self.links) == 0:
+            if failures % len(self.links) == 0 and not once:
                 # Every member has failed: nothing tells when one is back.
                 pause_s = min(
                     limits.BACKOFF_S_MAX, limits.BACKOFF_S_MIN * 2 ** min(failures // len(self.links), 8)
@@ -196,6 +197,8 @@ class Transport:
         answering = [
             index for index, each in enumerate(found) if each in (Standing.LEADER, Standing.FOLLOWER)
         ]
+        if not answering:
+            self._tell(False)
         with self._lock:
             if answering and self._current not in answering:
                 self._current = answering[0]
