@@ -40,6 +40,7 @@ class Cluster:
         self._folder = folder
         self._options = options
         self._scheme = scheme
+        self.token = ""
         ports = _free_ports(2 * members)
         self.clients, self._peers = ports[:members], ports[members:]
         self.processes: list[subprocess.Popen[str] | None] = [None] * members
@@ -99,6 +100,8 @@ class Cluster:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.clients[member]}/v3/{path}", json.dumps(body).encode()
         )
+        if self.token:
+            request.add_header("Authorization", self.token)
         with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
             return json.load(answer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -17,9 +18,12 @@ from torch.distributed.elastic.rendezvous.utils import (
     parse_rendezvous_endpoint,
 )
 
+from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.coordination import StoreClient, StoreServer, etcd
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from autoglm_elastic.coordination.etcd.store import EtcdStore
@@ -108,12 +112,13 @@ def _attach_etcd(
     target = etcd.parse(endpoint)
     from autoglm_elastic.coordination.etcd.store import EtcdStore
 
-    give_up_at = clock.monotonic() + join_timeout_s
+    give_up_at, timeout_s = clock.monotonic() + join_timeout_s, min(REQUEST_S_MAX, join_timeout_s)
     while True:
         try:
-            store = EtcdStore(target, timeout_s=min(REQUEST_S_MAX, join_timeout_s), job=run_id, clock=clock)
+            store = EtcdStore(target, timeout_s=timeout_s, prefix=Keys(run_id).prefix, clock=clock)
         except StoreUnavailable as error:
             if clock.monotonic() < give_up_at:
+                log.warning("%s; trying on until %g s have passed", error, join_timeout_s)
                 continue
             raise PlatformError(
                 f"{error} (for {join_timeout_s:g} s)",

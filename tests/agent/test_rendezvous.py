@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etcd_cluster import Cluster, needs_etcd
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousInfo,
@@ -241,7 +242,7 @@ dist.destroy_process_group()
 class Torchrun:
     """Stock torchrun agents of one job. A worker tells when its world has done its first all-reduce."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: str, endpoint: str) -> None:
         self._script = folder / "worker.py"
         self._script.write_text(WORKER)
         self._stop = folder / "stop"
@@ -249,7 +250,7 @@ class Torchrun:
         self._told.bind(str(folder / "told"))
         self._told.settimeout(WAIT_S)
         self._folder = folder
-        self._port = free_port()
+        self._backend, self._endpoint = backend, endpoint
         self._worlds: dict[str, list[dict[str, Any]]] = {}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -258,7 +259,11 @@ class Torchrun:
             self.agents[name] = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"),
-                    *("--rdzv-backend=autoglm", f"--rdzv-endpoint=localhost:{self._port}", "--rdzv-id=job"),
+                    *(
+                        f"--rdzv-backend={self._backend}",
+                        f"--rdzv-endpoint={self._endpoint}",
+                        "--rdzv-id=job",
+                    ),
                     *("--rdzv-conf=join_window_s=2", "--max-restarts=3", "--monitor-interval=0.05"),
                     *(str(self._script), str(self._stop), str(self._folder / "told")),
                 ],
@@ -298,11 +303,18 @@ class Torchrun:
         self._told.close()
 
 
-@pytest.fixture
-def torchrun(tmp_path: Path) -> Iterator[Torchrun]:
-    job = Torchrun(tmp_path)
-    yield job
-    job.close()
+@pytest.fixture(params=["autoglm", pytest.param("autoglm-etcd", marks=needs_etcd)])
+def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Torchrun]:
+    if request.param == "autoglm":
+        job = Torchrun(tmp_path, request.param, f"localhost:{free_port()}")
+        yield job
+        job.close()
+        return
+    with Cluster(tmp_path / "etcd", members=3) as cluster:
+        job = Torchrun(tmp_path, request.param, cluster.address.removeprefix("etcd://"))
+        yield job
+        job.close()
+        assert cluster.ask(0, "kv/range", {"key": "AA==", "range_end": "AA=="}).get("count", 0) == 0
 
 
 def test_stock_torchrun_lives_through_a_killed_worker_a_newcomer_and_a_killed_agent(

@@ -57,3 +57,47 @@ def test_a_worker_the_etcd_leader_and_an_agent_die_and_no_step_is_lost(
             assert third.wait() == 0, third.output()
         assert reported(first) == list(range(1, 251))
     assert keys_left(cluster) == 0
+
+
+def test_all_of_etcd_is_lost_and_comes_back(cluster: Cluster, run_dir: Path) -> None:
+    command = arguments(cluster, "--run-dir", run_dir, TRAIN, "--pause-s=0.05", "--steps=300")
+    with Job(*command) as first:
+        first.wait_for(lambda line: line.get("step", 0) >= 5)
+        cluster.kill(0, 1, 2)
+        step = max(reported(first))
+        first.wait_for(lambda line: line.get("step", 0) > step + 100)  # five seconds: more than two leases
+        cluster.start(0, 1, 2)
+        with Job(*command) as second:
+            first.wait_for(lambda line: line.get("world") == 2 and "step" in line)
+            assert first.wait() == 0, first.output()
+            assert second.wait() == 0, second.output()
+        assert reported(first) == list(range(1, 301))
+        assert len({line["pid"] for line in first.reports}) == 1, "its worker was never stopped"
+    assert keys_left(cluster) == 0
+
+
+def test_etcd_that_does_not_come_back_ends_the_job_with_a_snapshot(cluster: Cluster, run_dir: Path) -> None:
+    flags = ("--set", "store.lost_limit_s=2", "--run-dir", run_dir, TRAIN, "--pause-s=0.02", "--steps=400")
+    with Job(*arguments(cluster, *flags)) as first, Job(*arguments(cluster, *flags)) as second:
+        first.wait_for(lambda line: line.get("step", 0) >= 5 and line["world"] == 2)
+        cluster.kill(0, 1, 2)
+        assert first.wait() == 75, first.output()
+        assert second.wait() == 75, second.output()
+        left_at = max(reported(first))
+    assert "the store did not come back for 2 s; do: start the same command again" in first.output()
+    cluster.start(0, 1, 2)
+    with Job(*arguments(cluster, *flags)) as again:
+        assert again.wait() == 0, again.output()
+        assert reported(again) == list(range(left_at + 1, 401)), "it resumed from the snapshot"
+    assert keys_left(cluster) == 0
+
+
+def test_a_run_id_is_needed_and_endpoints_that_nobody_serves_are_named() -> None:
+    with Job("--store=etcd://127.0.0.1:1", TRAIN) as job:
+        assert job.wait() == 2
+        assert "do: give --rdzv-id" in job.output()
+    with Job(
+        "--store=etcd://127.0.0.1:1", "--rdzv-id=j", "--set", "membership.join_timeout_s=0.5", TRAIN
+    ) as job:
+        assert job.wait() == 1
+        assert "etcd at 127.0.0.1:1 does not answer" in job.output()

@@ -57,7 +57,8 @@ class EtcdStore:
     Args:
         target: where etcd is.
         timeout_s: bound of every call.
-        job: whose keys these are (the run id); "" keeps keys without a lease for ever.
+        prefix: under which all keys of this job are, such as "/autoglm/job7/"; those without a lease of their own end
+            with the job's. "" keeps them for ever.
         on_connection: called with False when no member answers any more and True when one does; must not call
             the store.
 
@@ -72,7 +73,7 @@ class EtcdStore:
         target: EtcdTarget,
         *,
         timeout_s: float = 5.0,
-        job: str = "",
+        prefix: str = "",
         on_connection: Callable[[bool], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -83,10 +84,12 @@ class EtcdStore:
         self._leases = Leases(self._transport)
         self._watches: list[EtcdWatch] = []
         self._lock = threading.Lock()
-        self._job_lease = _job_lease(job) if job else 0
+        self._prefix = prefix
+        self._job_lease = _job_lease(prefix) if prefix else 0
         self._keeper: threading.Thread | None = None
         try:
-            self._transport.call("Maintenance.Status", etcdrpc.StatusRequest(), repeatable=True)
+            # A read, because that is what shows whether we may.
+            self.get(prefix or "/")
             self._leases.learn_members()
             if self._job_lease:
                 self._grant_job_lease()
@@ -157,7 +160,7 @@ class EtcdStore:
         )
         if not prepared:
             # Without an operation a member answers from what it has, which may be old.
-            request.success.append(_range(keys[0] if keys else "/"))
+            request.success.append(_range(keys[0] if keys else self._prefix or "/"))
         answer = self._settle_job_lease(
             lambda: self._transport.call("KV.Txn", request, repeatable=not prepared)
         )
@@ -277,6 +280,6 @@ def _range(key: str) -> Any:
     return etcdrpc.RequestOp(request_range=etcdrpc.RangeRequest(key=key.encode()))
 
 
-def _job_lease(job: str) -> int:
+def _job_lease(prefix: str) -> int:
     """The same for every agent of the job; etcd lets clients choose."""
-    return int.from_bytes(hashlib.sha256(f"autoglm/{job}".encode()).digest()[:7], "big") | 1
+    return int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:7], "big") | 1

@@ -1,0 +1,179 @@
+"""Who is let in: users, passwords and roles of etcd, mutual TLS, and what its address may say."""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from etcd_cluster import Cluster, needs_etcd
+
+from autoglm_elastic.coordination import etcd
+from autoglm_elastic.coordination.etcd import EtcdTarget, parse
+from autoglm_elastic.coordination.etcd.target import PASSWORD_VARIABLE
+from autoglm_elastic.coordination.refusals import StoreDenied
+from autoglm_elastic.errors import UsageError
+from autoglm_elastic.ports import StoreUnavailable, WatchEvent
+
+WAIT_S = 30.0
+PREFIX = "/autoglm/job/"
+
+
+def test_an_address_names_members_user_and_files() -> None:
+    assert parse("etcd://a:1,b,[::1]:3") == EtcdTarget((("a", 1), ("b", 2379), ("[::1]", 3)))
+    target = parse("etcd://me@a:1?ca=/c%20a.pem&cert=x&key=y&password_file=p")
+    assert target == EtcdTarget((("a", 1),), "/c a.pem", "x", "y", "me", "p")
+    assert target.is_tls
+    assert target.address == "a:1"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("etcd://", "'' in etcd://"),
+        ("etcd://a:1,a:1", "2 endpoints in etcd://a:1,a:1; valid: at most 16, each once"),
+        ("etcd://a:0", "'a:0' in"),
+        ("etcd://a/b", "'a/b' in"),
+        (
+            "etcd://me:secret@a",
+            "a password in the address of etcd, where everybody can see it; do: give password_file",
+        ),
+        ("etcd://a?ca=", "ca= in"),
+        ("etcd://a?key=x", "a certificate without its key"),
+    ],
+)
+def test_a_bad_address_is_refused(address: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        parse(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_password_comes_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("from the file\n")
+    assert parse(f"etcd://me@a?password_file={tmp_path / 'password'}").password({}) == "from the file"
+    assert (
+        parse("etcd://me@a").password({PASSWORD_VARIABLE: "from the environment"}) == "from the environment"
+    )
+    with pytest.raises(UsageError, match="etcd user me without a password; do: give password_file"):
+        parse("etcd://me@a").password({})
+    with pytest.raises(UsageError, match="none: No such file"):
+        parse("etcd://me@a?password_file=none").password({})
+
+
+def test_a_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"etcd needs etcd3, grpc, google.protobuf, not installed; do: pip install"
+    ):
+        etcd.require()
+
+
+def test_checking_an_address_loads_no_package_of_etcds() -> None:
+    """The zygote is forked afterwards: its workers must not find grpc in their memory."""
+    code = (
+        "import sys, autoglm_elastic.agent.launcher, autoglm_elastic.coordination.etcd as etcd;"
+        "etcd.require(), etcd.parse('etcd://a');"
+        "sys.exit(any(name.partition('.')[0] in ('grpc', 'etcd3') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=WAIT_S, check=False).returncode == 0
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Cluster]:
+    """One member with users: `root`, and `worker`, who may read and write under /autoglm/."""
+    with Cluster(tmp_path / "etcd") as cluster:
+        for path, body in (
+            ("user/add", {"name": "root", "password": "r"}),
+            ("user/grant", {"user": "root", "role": "root"}),
+            ("user/add", {"name": "worker", "password": "w"}),
+            ("role/add", {"name": "jobs"}),
+            (
+                "role/grant",
+                # "/autoglm/" to "/autoglm0"
+                {"name": "jobs", "perm": {"permType": 2, "key": "L2F1dG9nbG0v", "range_end": "L2F1dG9nbG0w"}},
+            ),
+            ("user/grant", {"user": "worker", "role": "jobs"}),
+            ("enable", {}),
+        ):
+            cluster.ask(0, f"auth/{path}", body)
+        yield cluster
+
+
+@needs_etcd
+def test_a_user_does_what_its_role_allows_and_its_token_is_renewed(
+    guarded: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+    address = guarded.address.replace("://", "://worker@")
+    monkeypatch.setenv(PASSWORD_VARIABLE, "w")
+    events: queue.Queue[WatchEvent] = queue.Queue()
+    store = EtcdStore(parse(address), prefix=PREFIX)
+    lease = store.lease_grant(60)
+    store.watch(PREFIX, store.txn((), ()).revision + 1, events.put)
+    store.put(f"{PREFIX}a", 1, lease=lease)
+    assert events.get(timeout=WAIT_S).value == 1
+    with pytest.raises(StoreDenied, match="permission denied; do: check user, password"):
+        store.put("/other", 1)
+    logins = store.operations["Auth.Authenticate"]
+    guarded.kill(0)
+    guarded.start(0)  # it has forgotten every token
+    assert store.lease_keep_alive(lease) == 60.0
+    store.put(f"{PREFIX}a", 2, lease=lease)
+    assert events.get(timeout=WAIT_S).value == 2
+    assert store.operations["Auth.Authenticate"] > logins
+    store.lease_revoke(lease)
+    assert events.get(timeout=WAIT_S).value is None
+    store.close()
+
+
+@needs_etcd
+@pytest.mark.parametrize(("user", "said"), [("worker@", "authentication failed"), ("", "user name is empty")])
+def test_a_wrong_password_or_no_user_is_refused(
+    guarded: Cluster, monkeypatch: pytest.MonkeyPatch, user: str, said: str
+) -> None:
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+    monkeypatch.setenv(PASSWORD_VARIABLE, "not it")
+    with pytest.raises(StoreDenied, match=said):
+        EtcdStore(parse(guarded.address.replace("://", f"://{user}")), prefix=PREFIX)
+
+
+@needs_etcd
+def test_mutual_tls_lets_in_who_has_a_certificate(tmp_path: Path) -> None:
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+    authority, stranger = trustme.CA(), trustme.CA()
+    files = {name: str(tmp_path / f"{name}.pem") for name in ("ca", "cert", "key", "alien", "alien_key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    for issuer, cert, key in ((authority, "cert", "key"), (stranger, "alien", "alien_key")):
+        issued = issuer.issue_cert("127.0.0.1", "localhost")
+        issued.private_key_pem.write_to_path(files[key])
+        issued.cert_chain_pems[0].write_to_path(files[cert])
+    options = (
+        f"--cert-file={files['cert']}",
+        f"--key-file={files['key']}",
+        f"--trusted-ca-file={files['ca']}",
+        "--client-cert-auth",
+    )
+    with Cluster(tmp_path / "etcd", options=options, scheme="https") as cluster:
+        store = EtcdStore(
+            parse(f"{cluster.address}?ca={files['ca']}&cert={files['cert']}&key={files['key']}")
+        )
+        store.put("/a", 1)
+        entry = store.get("/a")
+        assert entry is not None
+        assert entry.value == 1
+        store.close()
+        for query in (
+            "",
+            f"?ca={files['ca']}",
+            f"?ca={files['ca']}&cert={files['alien']}&key={files['alien_key']}",
+        ):
+            with pytest.raises(StoreUnavailable, match="does not answer"):
+                EtcdStore(parse(cluster.address + query), timeout_s=1.0)
