@@ -18,6 +18,9 @@ FENCE_FRACTION: Final = 0.75
 RENEW_FRACTION: Final = 0.2
 """Renewals start this part of the lease apart: two may fail before the fence."""
 
+RETRY_FRACTION: Final = 0.05
+"""After one that failed the next follows sooner."""
+
 STOP_S_MAX: Final = 1.0
 
 
@@ -60,7 +63,7 @@ class LeaseKeeper:
                 thread.join(STOP_S_MAX)
 
     def _renew(self) -> None:
-        pause_s = RENEW_FRACTION * self._lease_s
+        usual_s = pause_s = RENEW_FRACTION * self._lease_s
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: self._over, pause_s):
@@ -69,7 +72,9 @@ class LeaseKeeper:
             try:
                 granted_s = self._store.lease_keep_alive(self._lease)
             except (StoreUnavailable, StoreRefused):
+                pause_s = RETRY_FRACTION * self._lease_s
                 continue
+            pause_s = usual_s
             if granted_s <= 0:
                 self._lose("the lease has ended in the store: the others count this node as gone")
                 return

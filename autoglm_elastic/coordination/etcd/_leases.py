@@ -12,6 +12,7 @@ are not all members; then a lease that is not renewed is lost, and the node fenc
 from __future__ import annotations
 
 import threading
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ class Leases:
         except (StoreUnavailable, StoreRefused):
             return
         self._voters = frozenset(member.ID for member in answer.members)
-        self._transport.survey(ATTEMPT_S_MAX)
+        wait(self._transport.look(ATTEMPT_S_MAX), 3 * ATTEMPT_S_MAX)  # each tells which member it is
 
     def renew(self, lease: int) -> float:
         """Seconds it is good for from when this was called; 0.0 when it has ended. Raises `StoreUnavailable`."""
@@ -70,40 +71,53 @@ class Leases:
         attempt_s = ATTEMPT_S_MAX
         if held is not None:
             attempt_s = min(ATTEMPT_S_MAX, max(ATTEMPT_S_MIN, ATTEMPT_FRACTION * held.ttl_s))
+        request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
         try:
-            ttl_s = self._ask(lease, attempt_s)
+            answer: Any = self._transport.call(
+                "Lease.LeaseKeepAlive", request, repeatable=True, try_s=attempt_s, once=True
+            )
+            ttl_s = int(answer.TTL)
         except StoreUnavailable:
-            if held is None or not self._is_good(held, asked_at, attempt_s):
-                ttl_s = self._ask(lease, attempt_s)
-            else:
-                held.good_until = asked_at + held.ttl_s
-                return float(held.ttl_s)
+            ttl_s = self._ask_everybody(request, held, attempt_s)
         if ttl_s <= 0:
             self.forget(lease)
         elif held is not None:
             held.good_until = asked_at + ttl_s
         return float(ttl_s)
 
-    def _ask(self, lease: int, attempt_s: float) -> int:
-        request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
-        answer: Any = self._transport.call(
-            "Lease.LeaseKeepAlive", request, repeatable=True, try_s=attempt_s, once=True
+    def _ask_everybody(self, request: Any, held: _Held | None, attempt_s: float) -> int:
+        """The first member's answer, or what the standing of all of them proves."""
+        looks = self._transport.look(attempt_s)
+        asks = self._transport.ask_everybody("Lease.LeaseKeepAlive", request, 2 * attempt_s)
+        pending: set[Future[Any]] = {*looks, *asks}
+        give_up_at = self._transport.clock.monotonic() + 3 * attempt_s
+        while pending:
+            remaining_s = give_up_at - self._transport.clock.monotonic()
+            done, pending = wait(pending, max(0.0, remaining_s), FIRST_COMPLETED)
+            if not done:
+                break
+            for answer in (each.result(0) for each in asks if each in done):
+                if answer is not None:
+                    return int(answer.TTL)
+            if held is not None and pending.isdisjoint(looks) and self._is_good(held):
+                return held.ttl_s
+        raise StoreUnavailable(f"etcd at {self._transport.target.address} does not renew leases", sent=False)
+
+    def _is_good(self, held: _Held) -> bool:
+        """Whether every voting member was just found dead or not leading, before the lease could end."""
+        links, now = self._transport.links, self._transport.clock.monotonic()
+        if not any(link.standing in (Standing.LEADER, Standing.FOLLOWER) for link in links):
+            self._transport.nobody_answers()
+        known = bool(self._voters) and self._voters <= {link.member_id for link in links}
+        return (
+            known
+            and now < held.good_until
+            and all(
+                link.standing in (Standing.DEAD, Standing.FOLLOWER) or _is_starting(link, now)
+                for link in links
+            )
         )
-        return int(answer.TTL)
-
-    def _is_good(self, held: _Held, asked_at: float, attempt_s: float) -> bool:
-        links = self._transport.links
-        found = self._transport.survey(attempt_s)
-        now = self._transport.clock.monotonic()
-        if now >= held.good_until or not self._voters:
-            return False
-        if not self._voters <= {link.member_id for link in links}:
-            return False
-        return all(
-            standing in (Standing.DEAD, Standing.FOLLOWER) or _is_starting(link, asked_at)
-            for link, standing in zip(links, found, strict=True)
-        )
 
 
-def _is_starting(link: Link, asked_at: float) -> bool:
-    return link.standing is Standing.SILENT and asked_at - link.dead_at < STARTING_S_MAX
+def _is_starting(link: Link, now: float) -> bool:
+    return link.standing is Standing.SILENT and now - link.dead_at < STARTING_S_MAX

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 from autoglm_elastic.coordination import limits
@@ -60,7 +60,7 @@ class Transport:
         self._telling = threading.Lock()
         self._password = target.password()
         self._token = ""
-        self._pool = ThreadPoolExecutor(len(self.links), "autoglm-etcd-look")
+        self._pool = ThreadPoolExecutor(2 * len(self.links), "autoglm-etcd-ask")
 
     # Calls
 
@@ -186,23 +186,40 @@ class Transport:
         link.answered_at = float("-inf")
         self.on_doubt(link)
 
-    def survey(self, timeout_s: float) -> list[Standing]:
-        """Every member's standing, asked at once; the next call goes to one that answers, if any does."""
-        if self.closing.is_set():
-            return [Standing.SILENT for _ in self.links]
+    def look(self, timeout_s: float) -> list[Future[Standing]]:
+        """Every member's standing, asked at once. Raises `StoreUnavailable` when closed."""
         now = self.clock.monotonic()
         self.operations["Maintenance.Status"] += len(self.links)
-        looks = [self._pool.submit(link.look, timeout_s, (), now) for link in self.links]
-        found = [look.result(timeout=None if look.done() else 3 * timeout_s + 1) for look in looks]
-        answering = [
-            index for index, each in enumerate(found) if each in (Standing.LEADER, Standing.FOLLOWER)
-        ]
-        if not answering:
-            self._tell(False)
+        return [self._submit(link.look, timeout_s, (_NEEDS_LEADER,), now) for link in self.links]
+
+    def ask_everybody(self, name: str, request: Any, timeout_s: float) -> list[Future[Any]]:
+        """One attempt of a call that may be repeated at every member at once; None from one that fails. Raises
+        `StoreUnavailable` when closed."""
+
+        def ask(link: Link) -> Any:
+            try:
+                answer = self._send(link, name, request, timeout_s)
+            except (grpc.RpcError, ValueError):
+                return None
+            if answer is not None:
+                self.heard(link, answer)
+                self._prefer(link)
+            return answer
+
+        return [self._submit(ask, link) for link in self.links]
+
+    def nobody_answers(self) -> None:
+        self._tell(False)
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        try:
+            return self._pool.submit(function, *arguments)
+        except RuntimeError as error:
+            raise StoreUnavailable("the store is closed", sent=False) from error
+
+    def _prefer(self, link: Link) -> None:
         with self._lock:
-            if answering and self._current not in answering:
-                self._current = answering[0]
-        return found
+            self._current = self.links.index(link)
 
     def _answers(self, link: Link, timeout_s: float) -> bool:
         if self.clock.monotonic() - link.answered_at < FRESH_S:
