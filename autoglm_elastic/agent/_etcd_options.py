@@ -10,18 +10,23 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from autoglm_elastic.agent._endpoint import ETCD
 from autoglm_elastic.coordination import etcd
 
-_OPTIONS: Final = ("ca", "cert", "key", "user", "password_file")
+_OPTIONS: Final[tuple[str, ...]] = ("ca", "cert", "key", "user", "password_file")
 
 
-def with_endpoint(params: RendezvousParameters) -> RendezvousParameters:
-    """`--rdzv-endpoint=h1:2379,h2:2379 --rdzv-conf=ca=…,cert=…,key=…,user=…,password_file=…` as one address.
+def endpoint_of(params: RendezvousParameters, *, is_etcd: bool) -> str:
+    """The endpoint; one of etcd's (`is_etcd`, or by its scheme) as a whole address, with the options that
+    `--rdzv-conf=ca=…,cert=…,key=…,user=…,password_file=…` gives.
 
     Raises:
-        UsageError: it makes none.
+        UsageError: it makes no address.
     """
+    endpoint = str(params.endpoint)
+    if not is_etcd and not endpoint.startswith(ETCD):
+        return endpoint
     etcd.require()
-    given: dict[str, str] = {name: str(params.config[name]) for name in _OPTIONS if name in params.config}
-    endpoint = ETCD + params.endpoint.removeprefix(ETCD) + (f"?{urlencode(given)}" if given else "")
-    etcd.parse(endpoint)
-    params.endpoint = endpoint
-    return params
+    given = {name: str(params.config[name]) for name in _OPTIONS if name in params.config}
+    address = ETCD + endpoint.removeprefix(ETCD)
+    if given:
+        address += ("&" if "?" in address else "?") + urlencode(given)
+    etcd.parse(address)
+    return address

@@ -93,7 +93,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
         lease_s = _number(params, "lease_s", LEASE_S)
         first_generation = int(_number(params, "first_generation", 1))
         self._attachment = attach(
-            params.endpoint,
+            _etcd_options.endpoint_of(params, is_etcd=params.backend == ETCD_BACKEND),
             run_id=params.run_id,
             is_host=params.get_as_bool("is_host"),
             join_timeout_s=self._join_timeout_s,
@@ -136,7 +136,9 @@ class AutoglmRendezvousHandler(RendezvousHandler):
         node."""
         if not self._attachment.is_shared:
             return self.hosts_store
-        placement = None if self.current is None else self.current.placement(self.session.node)
+        if self.current is None:
+            return self.session.is_leader()
+        placement = self.current.placement(self.session.node)
         return placement is not None and placement.group_rank == 0
 
     @property
@@ -301,11 +303,6 @@ class AutoglmRendezvousHandler(RendezvousHandler):
 def torchrun_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """Entry point of the group `torchrun.handlers`."""
     return AutoglmRendezvousHandler
-
-
-def torchrun_etcd_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """Entry point of the group `torchrun.handlers`."""
-    return lambda params: AutoglmRendezvousHandler(_etcd_options.with_endpoint(params))
 
 
 def _number(params: RendezvousParameters, name: str, default: float) -> float:

@@ -20,6 +20,7 @@ class Meaning(enum.Enum):
 _Code: Final = grpc.StatusCode
 _NEVER_LEFT: Final = (
     "failed to connect to all addresses",
+    "DNS resolution failed",
     "etcdserver: no leader",
     "etcdserver: too many requests",
     "etcdserver: not capable",

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
 
-from autoglm_elastic.coordination.etcd._link import Link, Standing
+from autoglm_elastic.coordination.etcd._link import Standing
 from autoglm_elastic.coordination.etcd._package import etcdrpc
 from autoglm_elastic.coordination.etcd._transport import Transport
 from autoglm_elastic.coordination.refusals import StoreRefused
@@ -99,25 +99,24 @@ class Leases:
             for answer in (each.result(0) for each in asks if each in done):
                 if answer is not None:
                     return int(answer.TTL)
-            if held is not None and pending.isdisjoint(looks) and self._is_good(held):
-                return held.ttl_s
+            if held is not None and pending.isdisjoint(looks):
+                if self._is_good(held, [look.result(0) for look in looks]):
+                    return held.ttl_s
+                held = None  # nothing more will be proven
         raise StoreUnavailable(f"etcd at {self._transport.target.address} does not renew leases", sent=False)
 
-    def _is_good(self, held: _Held) -> bool:
+    def _is_good(self, held: _Held, found: list[Standing]) -> bool:
         """Whether every voting member was just found dead or not leading, before the lease could end."""
         links, now = self._transport.links, self._transport.clock.monotonic()
-        if not any(link.standing in (Standing.LEADER, Standing.FOLLOWER) for link in links):
+        if not {Standing.LEADER, Standing.FOLLOWER} & set(found):
             self._transport.nobody_answers()
         known = bool(self._voters) and self._voters <= {link.member_id for link in links}
         return (
             known
             and now < held.good_until
             and all(
-                link.standing in (Standing.DEAD, Standing.FOLLOWER) or _is_starting(link, now)
-                for link in links
+                standing in (Standing.DEAD, Standing.FOLLOWER)
+                or (standing is Standing.SILENT and now - link.dead_at < STARTING_S_MAX)
+                for link, standing in zip(links, found, strict=True)
             )
         )
-
-
-def _is_starting(link: Link, now: float) -> bool:
-    return link.standing is Standing.SILENT and now - link.dead_at < STARTING_S_MAX

@@ -42,7 +42,6 @@ class Link:
         self.host, self.port = host, port
         self.member_id = 0
         self.answered_at = float("-inf")
-        self.standing = Standing.SILENT
         self.dead_at = float("-inf")
         """When it was last found dead."""
         self._target = target
@@ -80,10 +79,10 @@ class Link:
 
     def look(self, timeout_s: float, metadata: Any, now: float) -> Standing:
         """What this member is now. `DEAD` and `FOLLOWER` are certain: it does not lead at the moment of the probe."""
-        self.standing = self._look(timeout_s, metadata)
-        if self.standing is Standing.DEAD:
+        standing = self._look(timeout_s, metadata)
+        if standing is Standing.DEAD:
             self.dead_at = now
-        return self.standing
+        return standing
 
     def _look(self, timeout_s: float, metadata: Any) -> Standing:
         try:
