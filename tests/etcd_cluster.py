@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 WAIT_S = 30.0
-HEARTBEAT_MS, ELECTION_MS = 50, 500
-"""Half of etcd's own: leases of a second are possible, elections take a second at most."""
+QUICK = ("--heartbeat-interval=50", "--election-timeout=500")
+"""Half of etcd's own times: leases of a second are possible, elections take a second at most."""
 
 needs_etcd = pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd on PATH")
 
@@ -35,10 +35,16 @@ class Cluster:
     `options`."""
 
     def __init__(
-        self, folder: Path, members: int = 1, *, options: Sequence[str] = (), scheme: str = "http"
+        self,
+        folder: Path,
+        members: int = 1,
+        *,
+        options: Sequence[str] = (),
+        scheme: str = "http",
+        timing: Sequence[str] = QUICK,
     ) -> None:
         self._folder = folder
-        self._options = options
+        self._options = (*timing, *options)
         self._scheme = scheme
         self.token = ""
         ports = _free_ports(2 * members)
@@ -119,7 +125,6 @@ class Cluster:
                 f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
                 f"--listen-peer-urls={peers[member]}", f"--initial-advertise-peer-urls={peers[member]}",
                 "--initial-cluster=" + ",".join(f"m{index}={url}" for index, url in enumerate(peers)),
-                f"--heartbeat-interval={HEARTBEAT_MS}", f"--election-timeout={ELECTION_MS}",
                 "--logger=zap", "--log-outputs=stderr", *self._options,
             ],
             stdin=subprocess.DEVNULL,

@@ -92,6 +92,22 @@ def test_etcd_that_does_not_come_back_ends_the_job_with_a_snapshot(cluster: Clus
     assert keys_left(cluster) == 0
 
 
+def test_a_job_whose_agents_were_all_killed_resumes_under_the_same_name(
+    cluster: Cluster, run_dir: Path
+) -> None:
+    flags = ("--set", "snapshot.interval_steps=5", "--run-dir", run_dir, TRAIN, "--pause-s=0.02")
+    with Job(*arguments(cluster, *flags)) as first:
+        first.wait_for(lambda line: line.get("step", 0) >= 12)
+        first.process.kill()
+        first.process.wait()
+    with Job(*arguments(cluster, *flags)) as again:  # the dead agent's lease has not ended yet
+        assert again.wait() == 0, again.output()
+        steps = reported(again)
+        assert 0 < steps[0] <= 13, "from a snapshot"
+        assert steps[-1] == 40
+    assert keys_left(cluster) == 0
+
+
 def test_a_run_id_is_needed_and_endpoints_that_nobody_serves_are_named() -> None:
     with Job("--store=etcd://127.0.0.1:1", TRAIN) as job:
         assert job.wait() == 2

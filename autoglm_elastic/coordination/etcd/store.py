@@ -8,6 +8,7 @@ keys without a lease of their own are put under a lease of the job's, which its 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import math
 import secrets
 import socket
@@ -119,12 +120,10 @@ class EtcdStore:
 
     @property
     def local_host(self) -> str:
-        """The address of this machine on the way to etcd."""
-        host, port = self.target.endpoints[0]
-        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            return str(probe.getsockname()[0])
+        """The address of this machine on the way to etcd: one that others can reach, if any member is elsewhere."""
+        found = [address for address in map(_address_towards, self.target.endpoints) if address]
+        outside = (address for address in found if not ipaddress.ip_address(address).is_loopback)
+        return next(outside, found[0] if found else "127.0.0.1")
 
     # The port
 
@@ -274,6 +273,18 @@ class EtcdStore:
         with self._lock:
             if watch in self._watches:
                 self._watches.remove(watch)
+
+
+def _address_towards(endpoint: tuple[str, int]) -> str:
+    """This machine's, or "" when there is no way."""
+    host, port = endpoint
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _range(key: str) -> Any:
