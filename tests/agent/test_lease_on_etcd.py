@@ -1,4 +1,4 @@
-"""A node's lease on etcd as it comes: what costs a node its membership, and what does not."""
+"""A node's lease on etcd at its own timing: what costs a node its membership, and what does not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from etcd_cluster import Cluster, needs_etcd
 from autoglm_elastic.agent._lease import FENCE_FRACTION, LeaseKeeper
 from autoglm_elastic.coordination import SystemClock
 from autoglm_elastic.coordination.etcd import parse
-from autoglm_elastic.ports import StoreUnavailable
 
 pytestmark = needs_etcd
 
 WAIT_S = 30.0
-LEASE_S = 2.0
-"""The default."""
+LEASE_S = 4.0
+"""So long that a busy machine does not end it by chance."""
 
 
 @pytest.fixture
@@ -54,26 +53,15 @@ class Node:
         self.store.close()
 
 
-def write(node: Node) -> None:
-    """As soon as there is a leader."""
-    for _ in range(10):
-        try:
-            node.store.put("/x", 1)
-        except StoreUnavailable:
-            continue
-        return
-    pytest.fail("etcd did not come back")
-
-
-def test_the_death_of_the_leader_costs_no_node_its_lease(cluster: Cluster) -> None:
+def test_etcd_without_a_leader_costs_no_node_its_lease(cluster: Cluster) -> None:
     node = Node(cluster)
-    for _ in range(2):
-        leader = cluster.leader()
-        cluster.kill(leader)
-        write(node)
-        assert node.reasons == []
-        cluster.start(leader)
+    leader = cluster.leader()
+    other = (leader + 1) % 3
+    cluster.kill(leader, other)
+    assert not node.lost.wait(2 * LEASE_S), node.reasons
+    cluster.start(leader, other)
     assert node.store.get("/mine") is not None
+    assert node.reasons == []
     node.close()
 
 

@@ -202,6 +202,15 @@ def test_members_that_are_not_all_known_prove_nothing(three: Cluster) -> None:
     store.close()
 
 
+def test_a_member_that_was_down_when_we_came_is_known_by_what_it_advertises(three: Cluster) -> None:
+    three.kill(0)
+    store = EtcdStore(parse(three.address))
+    lease = store.lease_grant(LEASE_S)
+    three.kill(1, 2)
+    assert store.lease_keep_alive(lease) == LEASE_S
+    store.close()
+
+
 def test_what_a_stopped_member_was_told_is_unknown_and_what_it_was_not_told_is_not(one: Cluster) -> None:
     store = EtcdStore(parse(one.address), timeout_s=3.0)
     store.put("/a", 1)

@@ -15,6 +15,7 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from autoglm_elastic.coordination.etcd._link import Standing
 from autoglm_elastic.coordination.etcd._package import etcdrpc
@@ -62,7 +63,13 @@ class Leases:
         except (StoreUnavailable, StoreRefused):
             return
         self._voters = frozenset(member.ID for member in answer.members)
+        advertised = {
+            urlsplit(url).netloc: member.ID for member in answer.members for url in member.clientURLs
+        }
         wait(self._transport.look(ATTEMPT_S_MAX), 3 * ATTEMPT_S_MAX)  # each tells which member it is
+        for link in self._transport.links:
+            # One that is down at present is known by the address that it advertises.
+            link.member_id = link.member_id or advertised.get(link.where, 0)
 
     def renew(self, lease: int) -> float:
         """Seconds it is good for from when this was called; 0.0 when it has ended. Raises `StoreUnavailable`."""
@@ -87,10 +94,11 @@ class Leases:
 
     def _ask_everybody(self, request: Any, held: _Held | None, attempt_s: float) -> int:
         """The first member's answer, or what the standing of all of them proves."""
-        looks = self._transport.look(attempt_s)
-        asks = self._transport.ask_everybody("Lease.LeaseKeepAlive", request, 2 * attempt_s)
+        looks = self._transport.look(2 * attempt_s)
+        # Until the fence: a slow machine, or members that wait for their leader, may still answer.
+        asks = self._transport.ask_everybody("Lease.LeaseKeepAlive", request, 4 * attempt_s)
         pending: set[Future[Any]] = {*looks, *asks}
-        give_up_at = self._transport.clock.monotonic() + 3 * attempt_s
+        give_up_at = self._transport.clock.monotonic() + 4 * attempt_s
         while pending:
             remaining_s = give_up_at - self._transport.clock.monotonic()
             done, pending = wait(pending, max(0.0, remaining_s), FIRST_COMPLETED)
