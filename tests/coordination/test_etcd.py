@@ -35,11 +35,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def three(shared: Cluster) -> Iterator[Cluster]:
     """Three members, whole again after the test."""
     yield shared
-    for member, process in enumerate(shared.processes):
-        if process is None:
-            shared.start(member)
-        else:
-            shared.cont(member)
+    dead = [member for member, process in enumerate(shared.processes) if process is None]
+    for member in {0, 1, 2} - set(dead):
+        shared.cont(member)
+    shared.start(*dead)
 
 
 @pytest.fixture

@@ -77,14 +77,14 @@ class Link:
         service, _, method = name.partition(".")
         return getattr(self._stubs[service], method)
 
-    def look(self, timeout_s: float, metadata: Any, now: float) -> Standing:
+    def look(self, timeout_s: float, now: float) -> Standing:
         """What this member is now. `DEAD` and `FOLLOWER` are certain: it does not lead at the moment of the probe."""
-        standing = self._look(timeout_s, metadata)
+        standing = self._look(timeout_s)
         if standing is Standing.DEAD:
             self.dead_at = now
         return standing
 
-    def _look(self, timeout_s: float, metadata: Any) -> Standing:
+    def _look(self, timeout_s: float) -> Standing:
         try:
             # Not the channel's word, which may be from before.
             with socket.create_connection((self.host.strip("[]"), self.port), timeout_s):
@@ -94,8 +94,9 @@ class Link:
         except OSError:
             return Standing.SILENT
         try:
+            # Without the demand for a leader: that there is none is what we want to hear.
             status = self.method("Maintenance.Status")(
-                etcdrpc.StatusRequest(), timeout=timeout_s, metadata=metadata, wait_for_ready=True
+                etcdrpc.StatusRequest(), timeout=timeout_s, wait_for_ready=True
             )
         except grpc.RpcError:
             return Standing.SILENT

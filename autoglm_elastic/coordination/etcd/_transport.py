@@ -190,7 +190,7 @@ class Transport:
         """Every member's standing, asked at once. Raises `StoreUnavailable` when closed."""
         now = self.clock.monotonic()
         self.operations["Maintenance.Status"] += len(self.links)
-        return [self._submit(link.look, timeout_s, (_NEEDS_LEADER,), now) for link in self.links]
+        return [self._submit(link.look, timeout_s, now) for link in self.links]
 
     def ask_everybody(self, name: str, request: Any, timeout_s: float) -> list[Future[Any]]:
         """One attempt of a call that may be repeated at every member at once; None from one that fails. Raises
