@@ -31,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from autoglm_elastic.agent import _foreign, flags, run_path
 from autoglm_elastic.agent.agent import ElasticAgent
+from autoglm_elastic.agent.keeper import NodeKeeper, name_of_node
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
 from autoglm_elastic.agent.run_dir import RunDirectory
 from autoglm_elastic.agent.snapshot_place import SnapshotPlace
@@ -123,7 +124,7 @@ def _launch(
         spec = _spec(config, entrypoint, arguments, parameters, handler)
         node = _node_of(handler)
         here = contextlib.nullcontext() if run_dir is None else presence.declared(run_dir.path, node)
-        with here, contextlib.closing(_event_log(run_dir, node)) as log:
+        with here, contextlib.closing(_event_log(run_dir, node)) as log, _keeper(command, run_dir, log):
             agent = ElasticAgent(
                 spec,
                 cast(LogsSpecs, config.logs_specs),  # LaunchConfig has filled in both
@@ -144,6 +145,18 @@ def _launch(
     finally:
         if shut_down:
             handler.shutdown()
+
+
+def _keeper(
+    command: flags.Command, run_dir: RunDirectory | None, log: events.EventLog
+) -> contextlib.AbstractContextManager[object]:
+    """A keeper for as long as the job lasts, where there is something to keep."""
+    if run_dir is None:
+        return contextlib.nullcontext()
+    settings = command.loaded.settings
+    given = _parse_rendezvous_config(command.args.rdzv_conf).get("node")
+    url = settings.snapshot.url or os.fspath(run_dir.path)
+    return NodeKeeper(url, name_of_node(given), settings, log)
 
 
 def _begin(command: flags.Command, run_dir: RunDirectory, place: SnapshotPlace | None) -> None:

@@ -2,6 +2,17 @@
 it. Torch-free."""
 
 from autoglm_elastic.keeper.client import AGENT, Keeper, KeeperGone, Pending, Segment
+from autoglm_elastic.keeper.inprocess import InProcess, open_keeper
 from autoglm_elastic.keeper.job import PackImage, WriteJob
 
-__all__ = ["AGENT", "Keeper", "KeeperGone", "PackImage", "Pending", "Segment", "WriteJob"]
+__all__ = [
+    "AGENT",
+    "InProcess",
+    "Keeper",
+    "KeeperGone",
+    "PackImage",
+    "Pending",
+    "Segment",
+    "WriteJob",
+    "open_keeper",
+]

@@ -23,7 +23,7 @@ from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.keeper import address, messages
 from autoglm_elastic.keeper.job import WriteJob, check_layout
-from autoglm_elastic.keeper.memory import Memory
+from autoglm_elastic.keeper.memory import ADVICE, Memory, MemoryRefused
 from autoglm_elastic.keeper.messages import one_line
 from autoglm_elastic.keeper.start import connect, start
 from autoglm_elastic.settings import Keeper as KeeperSettings
@@ -139,7 +139,7 @@ class Keeper:
         """
         url = address.canonical(url)
         try:
-            path = _path_of(url, node)
+            path = address.socket_path(url, node or os.environ.get(wire.ENV_NODE) or socket.gethostname())
             for _ in range(_ATTEMPTS):
                 connection = connect(path, ANSWER_S)
                 if connection is None:
@@ -167,6 +167,10 @@ class Keeper:
     def gone(self) -> str:
         """Why there is no keeper at the other end any more, or ""."""
         return self._gone
+
+    def wait_gone(self) -> None:
+        """Returns when this connection has ended, from whichever side."""
+        self._reader.join()
 
     def segment(self, nbytes: int) -> Segment:
         """A free segment of at least `nbytes`, ours until its snapshot is settled or it is given back. Raises
@@ -303,7 +307,7 @@ class Keeper:
         if answer.message is None:
             raise KeeperGone(self._gone)
         if isinstance(answer.message, messages.Refused):
-            raise PlatformError(answer.message.reason, do="free memory, or raise keeper.memory_max_bytes")
+            raise MemoryRefused(answer.message.reason, do=ADVICE)
         return answer
 
     # Listening
@@ -403,18 +407,6 @@ class Keeper:
             job.pending.settle((), KeeperGone(reason))
         for segment in segments:
             segment.held.close()
-
-
-def _path_of(url: str, node: str | None) -> str:
-    given = os.environ.get(wire.ENV_KEEPER, "")
-    if (
-        node is None
-        and given
-        and os.environ.get(wire.ENV_RUN_DIR, "")
-        and (address.canonical(os.environ[wire.ENV_RUN_DIR]) == url)
-    ):
-        return given
-    return address.socket_path(url, node or socket.gethostname())
 
 
 def _greet(connection: socket.socket, url: str, rank: int) -> int | None:

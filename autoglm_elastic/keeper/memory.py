@@ -27,6 +27,13 @@ _BEST_EFFORT_LOWEST: Final = (2 << 13) | 7
 _AVAILABLE_SHARE_MAX: Final = 0.9
 """Of what the machine has available, one segment takes at most this much: the rest is for everybody else."""
 
+_CGROUPS: Final = (
+    (Path("/sys/fs/cgroup"), "memory.current", "memory.max", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
+)
+"""Folder, and the files and the row that say how much is used, allowed, and only cached; version 2 and 1."""
+ADVICE: Final = "free memory, raise keeper.memory_max_bytes, or use more nodes"
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -90,12 +97,11 @@ def refusal(nbytes: int, held: int, bytes_max: int) -> str:
 def available() -> int:
     """Bytes that can be taken without swapping or going over this container's limit."""
     free = int(psutil.virtual_memory().available)
-    for used, limit in (
-        ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.max"),
-        ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for folder, used, limit, reclaimable in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            rows = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(rows[reclaimable])
+            free = min(free, int((folder / limit).read_text()) - taken)
     return max(0, free)
 
 

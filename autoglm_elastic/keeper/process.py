@@ -41,6 +41,7 @@ def run(path: str, url: str, settings: str, pipe: int) -> None:
             failpoint=failpoints.from_environment(os.environ),
             wall=SystemClock().wall,
         )
+        signal.signal(signal.SIGTERM, lambda *_: server.hurry())
         os.write(pipe, READY)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -247,6 +247,35 @@ class SnapshotRejected(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class SnapshotFinished(Event, frozen=True, kw_only=True):
+    """A keeper finished what rank `rank` had left of a snapshot when it died, or could not decide it. `fate`:
+    committed; waiting (for the records of other ranks, which may never come); fenced (the lineage had passed it);
+    aborted."""
+
+    event_name: ClassVar = "snapshot.finished"
+    step: int
+    generation: int
+    rank: int
+    fate: Literal["committed", "waiting", "fenced", "aborted"]
+    reason: str = ""
+
+
+class KeeperMissing(Event, frozen=True, kw_only=True):
+    """No keeper could be had, or the keeper died; this rank writes its snapshots itself until there is one."""
+
+    event_name: ClassVar = "keeper.missing"
+    rank: int
+    reason: str
+
+
+class KeeperRefused(Event, frozen=True, kw_only=True):
+    """A process sent the keeper what it must not, and lost its connection."""
+
+    event_name: ClassVar = "keeper.refused"
+    pid: int
+    reason: str
+
+
 class SnapshotRolledBack(Event, frozen=True, kw_only=True):
     """Somebody asked that the next start resumes from `entry` (`autoglm ckpt rollback`). What is newer is kept, outside
     of the lineage."""

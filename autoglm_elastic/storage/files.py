@@ -5,6 +5,7 @@ nothing and translates no error."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 
@@ -20,6 +21,11 @@ class Files:
 
     def write(self, fd: int, view: memoryview, offset: int) -> int:
         return os.pwrite(fd, view, offset)
+
+    def set_direct(self, fd: int, on: bool) -> None:
+        """Writes go past the page cache from now on, or do not."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
     def read_into(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
         return os.preadv(fd, views, offset)

@@ -11,6 +11,7 @@ This room knows nothing of snapshots; it must never overwrite a blob in place.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -26,10 +27,14 @@ from autoglm_elastic.storage.files import Files
 NAME_PARTS_MAX: Final = 4
 NAME_BYTES_MAX: Final = 255
 TEMPORARY_DIR: Final = "tmp"
-WRITE_BYTES: Final = 8 << 20
+WRITE_BYTES: Final = 16 << 20
 """One write call; large enough to be sequential on every disk, small enough to notice an error early."""
 READ_BYTES: Final = 512 << 10
 """One read call; fits into the processor's cache, where it is hashed next."""
+DIRECT_BYTES_MIN: Final = 1 << 20
+"""Smaller writes are quicker through the page cache."""
+BLOCK_BYTES: Final = 4096
+"""Memory and place of a write past the page cache are multiples of it; no disk has larger blocks."""
 SYNC_ATTEMPTS: Final = 2
 """How often a small blob is written anew under another name after a failed fsync."""
 
@@ -124,6 +129,7 @@ class LocalPending:
         self._files = blobs.files
         self._head = head
         self._at = head
+        self._is_direct = False
         self.path = blobs.temporary_path()
         try:
             self._fd = self._files.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -132,14 +138,38 @@ class LocalPending:
 
     def write(self, view: memoryview | bytes) -> None:
         data = memoryview(view).cast("B")
-        done = 0
+        past_cache = self._direct_nbytes(data)
         try:
-            while done < data.nbytes:
-                done += self._files.write(self._fd, data[done : done + WRITE_BYTES], self._at + done)
+            self._write(data[:past_cache], direct=True)
+            self._write(data[past_cache:], direct=False)
         except OSError as error:
             self.discard()
             raise platform_error(error, "writing", self.path) from error
-        self._at += data.nbytes
+
+    def _direct_nbytes(self, data: memoryview) -> int:
+        """How much of `data` goes past the page cache: whole blocks of large, aligned memory at an aligned
+        place."""
+        if not self._blobs.direct or data.readonly or data.nbytes < DIRECT_BYTES_MIN:
+            return 0
+        aligned = (ctypes.addressof(ctypes.c_char.from_buffer(data)) | self._at) % BLOCK_BYTES == 0
+        return data.nbytes // BLOCK_BYTES * BLOCK_BYTES if aligned else 0
+
+    def _write(self, data: memoryview, *, direct: bool) -> None:
+        """Raises OSError."""
+        done = 0
+        while done < data.nbytes:
+            try:
+                if direct is not self._is_direct:
+                    self._files.set_direct(self._fd, direct)
+                    self._is_direct = direct
+                count = self._files.write(self._fd, data[done : done + WRITE_BYTES], self._at)
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                self._blobs.direct = direct = False  # this file system cannot, or wants larger blocks
+                continue
+            done += count
+            self._at += count
 
     def sync(self) -> None:
         """Data durable, file closed. Raises SyncFailed; the file is gone then."""
@@ -180,11 +210,15 @@ class LocalBlobs:
     Args:
         root: the directory; may itself be reached through symbolic links.
         files: the system calls, for tests.
+        direct: large writes from aligned memory go past the page cache where the file system can.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, files: Files | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, files: Files | None = None, direct: bool = False
+    ) -> None:
         self.root = os.path.abspath(os.fspath(root))
         self.files = files or Files()
+        self.direct = direct
         self._durable_dirs: set[str] = set()
 
     def path(self, name: str) -> str:
@@ -207,7 +241,7 @@ class LocalBlobs:
 
     def _ensure_dir(self, path: str) -> None:
         """The directory exists and so, durably, does its name up to the root. Raises OSError."""
-        if path in self._durable_dirs:
+        if path in self._durable_dirs and os.path.isdir(path):  # somebody may have begun afresh
             return
         parent = os.path.dirname(path)
         if path == self.root:

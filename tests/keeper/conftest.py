@@ -1,4 +1,4 @@
-"""A run directory's keeper for a test, and proof that it ends."""
+"""A run directory's keeper for a test, and proof that it ends and leaves nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from autoglm_elastic.keeper import Keeper
 from autoglm_elastic.keeper.address import socket_path
 from autoglm_elastic.settings import Keeper as KeeperSettings
+from tests.keeper.ranks import Rank
 
 END_S = 30.0
 NODE = "node"
@@ -19,11 +20,40 @@ NODE = "node"
 Ensure = Callable[..., Keeper]
 
 
+class Watch:
+    """Keepers that a test met; each has to end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.socket = socket_path(str(run_dir), NODE)
+        self._pidfds: dict[int, int] = {}
+
+    def meet(self, pid: int) -> None:
+        if pid not in self._pidfds:
+            self._pidfds[pid] = os.pidfd_open(pid)
+
+    def ended(self, pid: int) -> bool:
+        """Waits for it."""
+        poller = select.poll()
+        poller.register(self._pidfds[pid], select.POLLIN)
+        return bool(poller.poll(END_S * 1000))
+
+    def close(self) -> None:
+        for pid, pidfd in self._pidfds.items():
+            assert self.ended(pid), f"keeper {pid} lives on"
+            os.close(pidfd)
+
+
 @pytest.fixture
-def ensure(run_dir: Path) -> Iterator[Ensure]:
-    """Connects to the keeper of `run_dir`. Afterwards every keeper that was met has ended and left nothing."""
+def watch(run_dir: Path) -> Iterator[Watch]:
+    watching = Watch(run_dir)
+    yield watching
+    watching.close()
+
+
+@pytest.fixture
+def ensure(run_dir: Path, watch: Watch) -> Iterator[Ensure]:
+    """Connects to the keeper of `run_dir` from this process."""
     keepers: list[Keeper] = []
-    watched: dict[int, int] = {}
 
     def connect(
         *, rank: int = 0, world_size: int = 1, generation: int = 1, settings: KeeperSettings | None = None
@@ -37,19 +67,26 @@ def ensure(run_dir: Path) -> Iterator[Ensure]:
             settings=settings or KeeperSettings(linger_s=0),
         )
         keepers.append(keeper)
-        watched.setdefault(keeper.pid, os.pidfd_open(keeper.pid))
+        watch.meet(keeper.pid)
         return keeper
 
     yield connect
     for keeper in keepers:
         keeper.close()
-    for pid, pidfd in watched.items():
-        assert ended(pidfd, END_S), f"keeper {pid} lives on"
-        os.close(pidfd)
-    assert not os.path.exists(socket_path(str(run_dir), NODE))
 
 
-def ended(pidfd: int, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
+@pytest.fixture
+def start_rank(run_dir: Path, watch: Watch) -> Iterator[Callable[..., Rank]]:
+    """Starts a rank in a process of its own."""
+    ranks: list[Rank] = []
+
+    def start(rank: int = 0, world_size: int = 1, linger_s: float = 0) -> Rank:
+        one = Rank(run_dir, NODE, rank, world_size, linger_s)
+        ranks.append(one)
+        watch.meet(one.keeper_pid)
+        return one
+
+    yield start
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.kill()

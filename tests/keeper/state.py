@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import packs, prepared
 from autoglm_elastic.catalog.decide import Request
 from autoglm_elastic.catalog.dtypes import BY_NAME, DType
+from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.merge import structure_digest
+from autoglm_elastic.catalog.verify import verify
 from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.keeper import Keeper, PackImage, Pending, Segment, WriteJob
+from autoglm_elastic.storage import LocalBlobs
 
 ALIGNMENT = packs.ALIGNMENT
 
@@ -80,3 +84,21 @@ class Share:
         segment = keeper.segment(self.nbytes)
         self.fill(segment, snapshot.step)
         return keeper.write(self.job(snapshot, segment))
+
+
+def committed(run_dir: Path) -> list[int]:
+    """Steps in the catalog; each verifies to the last byte and is of one snapshot."""
+    blobs = LocalBlobs(run_dir)
+    catalog = Catalog(blobs)
+    entries = catalog.entries()
+    for entry in entries:
+        assert verify(blobs, catalog, entry) == []
+        for pack in catalog.manifest(entry).packs:
+            data = blobs.read(fmt.pack_path(pack.sha256), bytes_max=1 << 30)[pack.head :]
+            assert set(data) == {entry.step}, "a mixture"
+    return [entry.step for entry in entries]
+
+
+def records(run_dir: Path) -> list[int]:
+    """Steps of which prepare records are there."""
+    return [snapshot.step for snapshot in prepared.entries(LocalBlobs(run_dir))]

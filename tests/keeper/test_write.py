@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autoglm_elastic.catalog.index import Catalog
-from autoglm_elastic.catalog.verify import verify
 from autoglm_elastic.core.commit import Snapshot, Verdict
-from autoglm_elastic.storage import LocalBlobs
 from tests.keeper.conftest import Ensure
-from tests.keeper.state import Share
+from tests.keeper.state import Share, committed
 
 WAIT_S = 60.0
-
-
-def committed(run_dir: Path) -> list[int]:
-    """Steps in the catalog; each verifies to the last byte."""
-    blobs = LocalBlobs(run_dir)
-    catalog = Catalog(blobs)
-    entries = catalog.entries()
-    for entry in entries:
-        assert verify(blobs, catalog, entry) == []
-    return [entry.step for entry in entries]
 
 
 def test_packs_are_durable_when_the_wait_returns(ensure: Ensure, run_dir: Path) -> None:
