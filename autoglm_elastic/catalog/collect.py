@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from autoglm_elastic.catalog import format as fmt
-from autoglm_elastic.catalog import limits
+from autoglm_elastic.catalog import limits, prepared
 from autoglm_elastic.catalog.failpoints import Failpoints, none
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.inventory import Inventory
+from autoglm_elastic.core import lineage
+from autoglm_elastic.core.lineage import EntryFact
 from autoglm_elastic.core.retention import Kept, Retention, reasons
 from autoglm_elastic.errors import CorruptSnapshot
 from autoglm_elastic.ports import AgingBlobs, Outcome
@@ -38,6 +40,7 @@ POINTS: Final = (
     "manifest_removed",
     "retired_removed",
     "entry_restored",
+    "record_removed",
 )
 """Failpoints, each behind one effect."""
 
@@ -98,8 +101,26 @@ class Collector:
         self._retire(done, dry_run)
         self._remove(done, candidates, dry_run)
         if not dry_run:
-            done.leftovers = self._blobs.sweep(self._age_s)
+            done.leftovers = self._settle() + self._blobs.sweep(self._age_s)
         return done
+
+    def _settle(self) -> int:
+        """Removes the records of prepares (catalog/prepared.py) that mean nothing any more: committed, fenced, or older
+        than the newest snapshot. How many snapshots had some."""
+        there = prepared.entries(self._blobs)
+        if not there:
+            return 0
+        found = Inventory(self._blobs, self._catalog)
+        newest = found.entries[found.head].step if found.head is not None else -1
+        settled = 0
+        for snapshot in there:
+            fact = EntryFact(snapshot.entry, snapshot.step, snapshot.generation)
+            fenced = bool(found.records) and not lineage.in_lineage(fact, found.records)
+            if snapshot.entry in found.entries or fenced or snapshot.step <= newest:
+                prepared.remove(self._blobs, snapshot.entry)
+                self._failpoint("record_removed")
+                settled += 1
+        return settled
 
     def _retire(self, done: Collected, dry_run: bool) -> None:
         found = Inventory(self._blobs, self._catalog)
@@ -209,10 +230,13 @@ class Collector:
         return nbytes >= 0
 
     def _reached(self, done: Collected) -> tuple[set[str], list[str]]:
-        """Names of the packs and manifests that an entry reaches, or a retired one within its grace; and the paths of
-        the retired ones past it. Raises CorruptSnapshot when one of them cannot be read.
+        """Names of the packs and manifests that an entry reaches, or a prepare that can still be decided, or a retired
+        entry within its grace; and the paths of the retired ones past it. Raises CorruptSnapshot when one of them
+        cannot be read.
 
-        The catalog is read before and after `retired/`, since another collection may move entries either way."""
+        The catalog is read last, since what was prepared may be committed meanwhile; and before `retired/`, too,
+        since another collection may move entries either way."""
+        waiting = {fmt.pack_path(sha256) for sha256 in prepared.packs(self._blobs)}
         reach = self._reach_of_catalog()
         ages, retired = self._blobs.ages(RETIRED_DIR), self._retired()
         expired = [path for path, age in ages.items() if age >= self._grace_s]
@@ -224,7 +248,7 @@ class Collector:
         done.waiting = [name for name in retired if retired_path(name) not in expired]
         reach |= self._reach_of_catalog()
         self._reach = reach
-        return set(reach).union(*reach.values()), expired
+        return waiting.union(reach, *reach.values()), expired
 
     def _reach_of_catalog(self) -> dict[str, frozenset[str]]:
         reach: dict[str, frozenset[str]] = {}

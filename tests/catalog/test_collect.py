@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.catalog import prepared
 from autoglm_elastic.catalog.collect import POINTS, Collected, Collector
 from autoglm_elastic.catalog.housekeeping import aging
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.tags import Tags
 from autoglm_elastic.catalog.verify import verify
+from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import PlatformError
 from autoglm_elastic.snapshot import CheckpointManager
@@ -121,6 +124,27 @@ def test_without_a_policy_only_garbage_goes(run_dir: Path) -> None:
     assert whole(run_dir) == ["000000000001-g0", "000000000002-g0"]
 
 
+def prepare(run_dir: Path, step: int, *packs: fmt.Pack) -> None:
+    """As a keeper leaves it when its workers died: one of two ranks is prepared."""
+    vote = fmt.Prepared(packs=packs, structure="0" * 64, cover=0)
+    details = prepared.Details(structure=fmt.Structure(tensors={}, tree=None))
+    prepared.put(LocalBlobs(run_dir), Snapshot(step, 0), 0, 2, vote, details)
+
+
+def test_a_prepare_that_can_still_be_decided_keeps_its_packs(run_dir: Path) -> None:
+    save(run_dir, 1)
+    path = run_dir / "packs" / "ab" / ("ab" * 32 + ".safetensors")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x" * 16)
+    age_all(run_dir)
+    prepare(run_dir, 2, fmt.Pack("ab" * 32, 16, 9, 0))
+    assert collect(run_dir).packs == 0
+    save(run_dir, 3)
+    assert (collect(run_dir).leftovers, files(run_dir, "prepared")) == (1, [])
+    assert collect(run_dir).packs == 1
+    assert not path.exists()
+
+
 def test_what_is_fenced_is_kept_while_it_is_young(run_dir: Path) -> None:
     save(run_dir, 1, 5, generation=1)
     record(run_dir, 1)
@@ -190,6 +214,7 @@ def due(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert collect(run_dir).retired == [back, gone]
     save(run_dir, 4, 5)
     age_all(run_dir)
+    prepare(run_dir, 4)
     (run_dir / "tags" / "back.json").write_bytes(aside)
     return run_dir
 
