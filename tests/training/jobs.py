@@ -296,6 +296,44 @@ def dying(**args: Any) -> None:
     module.run(say, **args)
 
 
+def torn(steps: int, gan: bool, lost: int | None = None) -> None:
+    """Two optimizers that step one after the other, or a collective between step and commit; rank `lost` is not
+    there for what comes after the first optimizer's step of step 6."""
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        torch.manual_seed(6)
+        one, two = job.replicate(nn.Linear(4, 4)), job.replicate(nn.Linear(4, 4))
+        optims = [torch.optim.AdamW(net.parameters(), lr=0.1) for net in (one, two)]
+        job.track(one=one, two=two, first=optims[0], second=optims[1])
+        x = torch.ones(2, 4)
+        while job.step < steps:
+            one(x).pow(2).mean().backward()
+            if not gan:
+                two(x).pow(2).mean().backward()
+                optims[1].step()
+            optims[0].step()
+            if job.generation == 0 and job.step == 5 and job.rank == lost:
+                stop_here(holding=5)
+            if gan:
+                two(one(x).detach()).pow(2).mean().backward()
+                optims[1].step()
+            else:
+                dist.all_reduce(torch.ones(1))
+            for optim in optims:
+                optim.zero_grad()
+            job.commit()
+        say(
+            result={
+                "digest": digest(
+                    dict(one.named_parameters()) | {f"2{n}": p for n, p in two.named_parameters()}
+                )
+            }
+        )
+
+    function()
+
+
 def commits(value: str, calls: int = 1) -> None:
     """One step with this loss, in as many calls."""
     losses = {"vector": torch.ones(3), "text": "1", "complex": torch.tensor(1j), "number": torch.tensor(1)}

@@ -195,3 +195,32 @@ def test_metrics_lose_no_step_when_rank_0_dies(zygote: Zygote, tmp_path: Path, r
         ]
         alone = next(s["loss"] for s in survivor.said if s.get("trying") == 4)
         assert rows[3]["loss"] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("gan", [True, False], ids=["two optimizers", "a collective before commit"])
+def test_a_half_made_step_is_never_taken_for_a_state(
+    zygote: Zygote, tmp_path: Path, run_dir: Path, gan: bool
+) -> None:
+    """Every survivor is torn at the same place: it says so, and the newest snapshot is resumed from."""
+    args = {"steps": 8, "gan": gan}
+    settings = {"snapshot": {"interval_steps": 4, "interval_s": 0}}
+    with Cluster(
+        zygote, tmp_path, "torn", args | {"lost": 1}, run_dir=run_dir, settings=settings
+    ) as cluster:
+        cluster.start(3)
+        cluster.wait_said(cluster.alive[1], holding=5)
+        cluster.wait(lambda: bool(cluster.events("snapshot.committed")), "snapshot of step 4")
+        cluster.kill(cluster.alive[1])
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("disk", 4)}
+        told = cluster.events("state.torn")
+        assert [(e["generation"], e["step"]) for e in told] == [(0, 5)] * 2
+        expected = "'first' had stepped, 'second' had not" if gan else "an error came before job.commit"
+        assert all(expected in e["reason"] for e in told)
+        disturbed = {r["digest"] for r in cluster.results()}
+    (tmp_path / "calm").mkdir()
+    with Cluster(zygote, tmp_path / "calm", "torn", args) as cluster:
+        cluster.start(3)
+        cluster.wait_exits()
+        assert {r["digest"] for r in cluster.results()} == disturbed

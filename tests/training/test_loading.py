@@ -1,10 +1,13 @@
-"""DataLoader's worker processes across a recovery."""
+"""DataLoader's worker processes, and a world on ::1, across a recovery."""
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import psutil
+import pytest
 from harness import Cluster, Zygote
 from test_recovery import committed_indices
 
@@ -28,3 +31,26 @@ def test_loader_processes_end_with_their_world_and_keep_the_order(zygote: Zygote
     for epoch in range(2):
         taken = [i for step in range(epoch * 5, epoch * 5 + 5) for i in indices[step + 1]]
         assert sorted(taken) == list(range(27))
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return os.path.exists("/proc/net/if_inet6")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no ::1 here")
+def test_a_world_on_ipv6(zygote: Zygote, tmp_path: Path) -> None:
+    args = {"steps": 9, "holds": [[0, 4, 2]]}
+    with Cluster(zygote, tmp_path, "train", args, host="::1") as cluster:
+        cluster.start(3)
+        hanging = cluster.alive[2]
+        cluster.wait_said(hanging, holding=4)
+        cluster.forget(hanging)
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert len({r["digest"] for r in cluster.results()}) == 1
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("live", 4)}
