@@ -204,9 +204,7 @@ def test_a_half_made_step_is_never_taken_for_a_state(
     """Every survivor is torn at the same place: it says so, and the newest snapshot is resumed from."""
     args = {"steps": 8, "gan": gan}
     settings = {"snapshot": {"interval_steps": 4, "interval_s": 0}}
-    with Cluster(
-        zygote, tmp_path, "torn", args | {"lost": 1}, run_dir=run_dir, settings=settings
-    ) as cluster:
+    with Cluster(zygote, tmp_path, "torn", args | {"lost": 1}, run_dir=run_dir, settings=settings) as cluster:
         cluster.start(3)
         cluster.wait_said(cluster.alive[1], holding=5)
         cluster.wait(lambda: bool(cluster.events("snapshot.committed")), "snapshot of step 4")
