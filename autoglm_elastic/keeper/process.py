@@ -15,7 +15,7 @@ from autoglm_elastic.keeper import address, memory
 from autoglm_elastic.keeper.messages import one_line
 from autoglm_elastic.keeper.server import Server
 from autoglm_elastic.settings import Keeper as KeeperSettings
-from autoglm_elastic.storage import open_blobs
+from autoglm_elastic.storage import LocalBlobs, open_blobs
 
 READY: Final = b"ready\n"
 
@@ -28,6 +28,8 @@ def run(path: str, url: str, settings: str, pipe: int) -> None:
         chosen = msgspec.json.decode(settings, type=KeeperSettings)
         memory.step_back(chosen.nice)
         blobs = open_blobs(url)
+        if isinstance(blobs, LocalBlobs):
+            blobs.direct = True
         with address.locked(path, wait=True) as held:
             listener = address.listen(path) if held else None
         if listener is None:

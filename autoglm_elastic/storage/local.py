@@ -11,7 +11,6 @@ This room knows nothing of snapshots; it must never overwrite a blob in place.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Final
 
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome
+from autoglm_elastic.storage._direct import buffered, direct_nbytes
 from autoglm_elastic.storage.files import Files
 
 NAME_PARTS_MAX: Final = 4
@@ -31,10 +31,6 @@ WRITE_BYTES: Final = 16 << 20
 """One write call; large enough to be sequential on every disk, small enough to notice an error early."""
 READ_BYTES: Final = 512 << 10
 """One read call; fits into the processor's cache, where it is hashed next."""
-DIRECT_BYTES_MIN: Final = 1 << 20
-"""Smaller writes are quicker through the page cache."""
-BLOCK_BYTES: Final = 4096
-"""Memory and place of a write past the page cache are multiples of it; no disk has larger blocks."""
 SYNC_ATTEMPTS: Final = 2
 """How often a small blob is written anew under another name after a failed fsync."""
 
@@ -138,21 +134,13 @@ class LocalPending:
 
     def write(self, view: memoryview | bytes) -> None:
         data = memoryview(view).cast("B")
-        past_cache = self._direct_nbytes(data)
+        past_cache = direct_nbytes(data, self._at) if self._blobs.direct else 0
         try:
             self._write(data[:past_cache], direct=True)
             self._write(data[past_cache:], direct=False)
         except OSError as error:
             self.discard()
             raise platform_error(error, "writing", self.path) from error
-
-    def _direct_nbytes(self, data: memoryview) -> int:
-        """How much of `data` goes past the page cache: whole blocks of large, aligned memory at an aligned
-        place."""
-        if not self._blobs.direct or data.readonly or data.nbytes < DIRECT_BYTES_MIN:
-            return 0
-        aligned = (ctypes.addressof(ctypes.c_char.from_buffer(data)) | self._at) % BLOCK_BYTES == 0
-        return data.nbytes // BLOCK_BYTES * BLOCK_BYTES if aligned else 0
 
     def _write(self, data: memoryview, *, direct: bool) -> None:
         """Raises OSError."""
@@ -162,7 +150,8 @@ class LocalPending:
                 if direct is not self._is_direct:
                     self._files.set_direct(self._fd, direct)
                     self._is_direct = direct
-                count = self._files.write(self._fd, data[done : done + WRITE_BYTES], self._at)
+                rest = data[done : done + WRITE_BYTES]
+                count = self._files.write(self._fd, buffered(rest) if direct else rest, self._at)
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
@@ -210,7 +199,7 @@ class LocalBlobs:
     Args:
         root: the directory; may itself be reached through symbolic links.
         files: the system calls, for tests.
-        direct: large writes from aligned memory go past the page cache where the file system can.
+        direct: large writes go past the page cache where the file system can.
     """
 
     def __init__(
