@@ -100,6 +100,12 @@ class DcpSource:
         problem = problem or cover_problem(shape, boxes)
         if problem or any((name, box[0]) not in self._places for box in boxes):
             raise CorruptSnapshot(f"{METADATA_NAME}: {name[:80]!r}: {problem or 'a chunk lies nowhere'}")
+        for offsets, sizes in boxes:
+            nbytes = math.prod(sizes) * BY_NAME[found].nbytes
+            if self._places[name, offsets][2] < nbytes:
+                raise CorruptSnapshot(
+                    f"{METADATA_NAME}: {name[:80]!r} at {list(offsets)} is shorter than {nbytes} bytes"
+                )
         self._boxes[name] = tuple(box for box in boxes if 0 not in box[1] or 0 in shape)
         return Tensor(found, shape)
 

@@ -1,8 +1,8 @@
 """Export as a stock directory of torch.distributed.checkpoint, which `dcp.load` and `FileSystemReader` open.
 
 torch's own writer writes it, `.metadata` (a pickle, that is the peer's format) included; this room gives it what to
-write, a stored chunk at a time. Values beside the tensors are written as torch's planner writes them. Nothing is
-unpickled."""
+write, a stored chunk at a time, and the writer holds the last one of each tensor until its file is closed. Values
+beside the tensors are written as torch's planner writes them. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,7 +38,7 @@ from autoglm_elastic.catalog.opened import OpenPacks
 from autoglm_elastic.convert._folder import fresh
 from autoglm_elastic.convert._select import OnBytes, subtree
 from autoglm_elastic.convert.from_dcp import DcpSource
-from autoglm_elastic.errors import ElasticError
+from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.snapshot.dtypes import torch_dtype
 from autoglm_elastic.snapshot.scatter import Job, Scatter, Target
@@ -63,10 +64,14 @@ def export_dcp(
         planner = _Planner(opened, manifest, subtree(manifest, prefix), on_bytes)
         warnings.simplefilter("ignore")  # torch's, about saving without a process group
         writer = FileSystemWriter(folder, thread_count=limits.READ_THREADS_MAX, sync_files=True)
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            causes = [str(cause[0]) for cause in error.failures.values()]
+            raise PlatformError(f"writing {target}: {'; '.join(causes)[:200]}") from error
         if planner.problem is not None:
             raise planner.problem
-        DcpSource(folder)  # what one of torch's threads could not write is missing in its metadata
+        DcpSource(folder)  # what one of torch's threads could not write is missing or too short
     return len(planner.leaves)
 
 
