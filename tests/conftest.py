@@ -14,6 +14,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytest_plugins = ("object_store",)
+os.environ.setdefault("AUTOGLM_KEEPER_LINGER_S", "3")
+"""A keeper whose agent was killed by a test waits for it to come back; below LEFTOVER_GRACE_S."""
 _MARK = "AUTOGLM_TEST_SESSION"
 os.environ.setdefault(_MARK, uuid.uuid4().hex)
 """Inherited by whatever the tests start: finds processes that left the process tree, too."""

@@ -27,6 +27,7 @@ from autoglm_elastic.keeper.memory import ADVICE, Memory, MemoryRefused
 from autoglm_elastic.keeper.messages import one_line
 from autoglm_elastic.keeper.start import connect, start
 from autoglm_elastic.settings import Keeper as KeeperSettings
+from autoglm_elastic.settings import load
 
 AGENT: Final = -1
 """The rank of a client that writes nothing, and is told what its keeper does."""
@@ -135,6 +136,7 @@ class Keeper:
             url: the run directory.
             rank: AGENT for one that writes nothing.
             node: None for the one that this process' agent named, or else this host.
+            settings: of a keeper that has to be started; None for those of the environment.
             on_told: called with (name, fields) of what belongs into the event log, from the reading thread.
         """
         url = address.canonical(url)
@@ -143,7 +145,7 @@ class Keeper:
             for _ in range(_ATTEMPTS):
                 connection = connect(path, ANSWER_S)
                 if connection is None:
-                    start(path, url, settings or KeeperSettings())
+                    start(path, url, settings or load(environ=os.environ).settings.keeper)
                     connection = connect(path, ANSWER_S)
                 if connection is not None:
                     pid = _greet(connection, url, rank)

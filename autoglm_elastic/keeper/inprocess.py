@@ -212,13 +212,13 @@ def open_keeper(
         url: as for `Keeper.ensure`.
         blobs: the same run directory, for the work in this process.
     """
-    chosen = settings or KeeperSettings()
-    alone = InProcess(blobs, rank=rank, world_size=world_size, memory_max_bytes=chosen.memory_max_bytes)
+    bytes_max = 0 if settings is None else settings.memory_max_bytes
+    alone = InProcess(blobs, rank=rank, world_size=world_size, memory_max_bytes=bytes_max)
     if url.startswith("memory:"):  # no other process could see it
         return alone
     try:
         return Keeper.ensure(
-            url, rank=rank, world_size=world_size, generation=generation, settings=chosen, on_told=on_told
+            url, rank=rank, world_size=world_size, generation=generation, settings=settings, on_told=on_told
         )
     except KeeperGone as error:
         on_told("keeper.missing", {"rank": rank, "reason": str(error)})
