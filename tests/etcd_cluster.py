@@ -1,4 +1,5 @@
-"""Real etcd members on loopback, for tests: started, killed, stopped, and started again on the same data."""
+"""Real etcd members on loopback, or on hosts of a test's own: started, killed, stopped, and started again on the same
+data."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def _free_ports(count: int) -> list[int]:
 
 class Cluster:
     """`options`: more arguments for every member. `scheme`: of the client's side; "https" needs certificates in
-    `options`."""
+    `options`. `places`: (address, command that becomes the one after it there) of each member; `ask`
+    must be able to reach them."""
 
     def __init__(
         self,
@@ -42,7 +44,9 @@ class Cluster:
         options: Sequence[str] = (),
         scheme: str = "http",
         timing: Sequence[str] = QUICK,
+        places: Sequence[tuple[str, Sequence[str]]] = (),
     ) -> None:
+        self._places = places or [("127.0.0.1", ())] * members
         self._folder = folder
         self._options = (*timing, *options)
         self._scheme = scheme
@@ -65,7 +69,8 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        return "etcd://" + ",".join(f"127.0.0.1:{port}" for port in self.clients)
+        pairs = zip(self._places, self.clients, strict=True)
+        return "etcd://" + ",".join(f"{address}:{port}" for (address, _), port in pairs)
 
     def start(self, *members: int) -> None:
         for member in members:
@@ -104,7 +109,7 @@ class Cluster:
     def ask(self, member: int, path: str, body: dict[str, Any]) -> Any:
         """Over etcd's JSON gateway: what is asked does not go through the code under test."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.clients[member]}/v3/{path}", json.dumps(body).encode()
+            f"http://{self._places[member][0]}:{self.clients[member]}/v3/{path}", json.dumps(body).encode()
         )
         if self.token:
             request.add_header("Authorization", self.token)
@@ -117,11 +122,12 @@ class Cluster:
         process.send_signal(number)
 
     def _launch(self, member: int) -> None:
-        peers = [f"http://127.0.0.1:{port}" for port in self._peers]
-        client = f"{self._scheme}://127.0.0.1:{self.clients[member]}"
+        addresses = [address for address, _ in self._places]
+        peers = [f"http://{address}:{port}" for address, port in zip(addresses, self._peers, strict=True)]
+        client = f"{self._scheme}://{addresses[member]}:{self.clients[member]}"
         process = subprocess.Popen(
             [
-                "etcd", f"--name=m{member}", f"--data-dir={self._folder / f'm{member}'}",
+                *self._places[member][1], "etcd", f"--name=m{member}", f"--data-dir={self._folder / f'm{member}'}",
                 f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
                 f"--listen-peer-urls={peers[member]}", f"--initial-advertise-peer-urls={peers[member]}",
                 "--initial-cluster=" + ",".join(f"m{index}={url}" for index, url in enumerate(peers)),

@@ -40,6 +40,10 @@ class StoreSide:
         except NotJoined as error:
             logger.warning("not reported: %s", error)
 
+    def forget(self) -> None:
+        """What was not told yet is of a membership that is over."""
+        self._untold.clear()
+
     def lost(self, event: StoreLost) -> None:
         logger.warning(
             "%s; running steps go on, membership stands still; the job ends if this lasts %g s",

@@ -34,6 +34,7 @@ from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent._sweep import sweep
 from autoglm_elastic.agent.session import NodeSession, NotJoined, RunClosed, Superseded, WaitTimeout
 from autoglm_elastic.coordination import StoreRefused, SystemClock
+from autoglm_elastic.coordination.limits import RECONNECT_S_MAX
 from autoglm_elastic.core.membership import Failure, Generation, Policy
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
@@ -140,6 +141,11 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             return self.session.is_leader()
         placement = self.current.placement(self.session.node)
         return placement is not None and placement.group_rank == 0
+
+    def store_lost_limit_s(self, shared_s: float) -> float:
+        """How long a node that has lost its lease may hope for the store: `shared_s` where nobody hosts it. A hosted
+        one is gone with its host; its clients look for it no longer than this."""
+        return shared_s if self._attachment.is_shared else min(shared_s, RECONNECT_S_MAX)
 
     @property
     def use_agent_store(self) -> bool:

@@ -199,6 +199,12 @@ class NodeSession:
         with self._loop.changed:
             return bool(self._loop.lease)
 
+    @property
+    def incarnation(self) -> int:
+        """Of this node's membership; generations that place it name the same one. 0: no member."""
+        with self._loop.changed:
+            return self._loop.me.incarnation if self._loop.lease else 0
+
     def is_leader(self) -> bool:
         with self._loop.changed:
             return self._loop.leader is not None

@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
 from autoglm_elastic.agent._group import NodeGroup
+from autoglm_elastic.agent._rejoin import Rejoin
 from autoglm_elastic.agent._store_side import StoreSide
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
 from autoglm_elastic.agent.session import (
@@ -45,6 +46,7 @@ from autoglm_elastic.agent.session import (
 )
 from autoglm_elastic.agent.signals import STOP_SIGNALS, SignalInbox
 from autoglm_elastic.agent.slots import WorkerSlot
+from autoglm_elastic.coordination import StoreRefused
 from autoglm_elastic.core.membership import Failure, Generation
 from autoglm_elastic.errors import ExitCode, PlatformError
 from autoglm_elastic.observe import events
@@ -75,6 +77,7 @@ class Supervisor:
         self._reported_broken = -1
         self._reported_finished = -1
         self._store = StoreSide(agent.settings.store.lost_limit_s)
+        self._rejoin = Rejoin(handler.store_lost_limit_s(agent.settings.store.lost_limit_s))
         self._failures: dict[int, ProcessFailure] = {}
         self._result: RunResult | None = None
         self._stop_deadline: float | None = None
@@ -88,7 +91,7 @@ class Supervisor:
 
         Raises:
             SignalException: a signal that torch's agent would stop the workers for.
-            PlatformError: this node lost its membership, or the job ended elsewhere.
+            PlatformError: this node lost its membership for good, or the job ended elsewhere.
         """
         with self._inbox:
             self._session.tell_progress(lambda: max(slot.newest_step() for slot in self._slots))
@@ -124,6 +127,7 @@ class Supervisor:
                 self._store.lost(event)
             elif isinstance(event, StoreBack):
                 self._store.back()
+                self._rejoin.nudge(time.monotonic())
         self._on_deadlines()
 
     def _seconds_to_deadline(self) -> float:
@@ -132,6 +136,7 @@ class Supervisor:
             self._finish_deadline,
             self._leave_deadline,
             self._store.deadline,
+            self._rejoin.due,
         ]
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return WAIT_S_MAX if due is None else min(WAIT_S_MAX, max(0.0, due - time.monotonic()))
@@ -143,7 +148,8 @@ class Supervisor:
         if known is not None and generation.number <= known.number:
             return
         placement = generation.placement(self._session.node)
-        if placement is None:
+        if placement is None or placement.incarnation != self._session.incarnation:
+            # It may count on what this node was before it lost its lease.
             self._group.stop(f"generation {generation.number} was sealed without this node")
             return
         try:
@@ -207,12 +213,38 @@ class Supervisor:
             self._ask_to_leave(signal.SIGTERM)
 
     def _on_lease_lost(self, event: LeaseLost) -> None:
-        """Fence ourselves: nothing of this node may run on once others may think it dead."""
+        """Fence ourselves: nothing of this node may run on once others may think it dead. Then come back as a new
+        member."""
         self._group.kill_all()
-        raise PlatformError(
-            f"this node lost its membership: {event.reason}",
-            do="start the same command again: it rejoins the job, or resumes it from the run directory",
+        self._group.stop(event.reason)
+        if self._session.outcome() is not None:
+            return
+        if self._stop_deadline is not None:
+            raise self._rejoin.error("while its workers were leaving", event.reason)
+        logger.warning("lost the membership, stopped the workers, will rejoin: %s", event.reason)
+        self._agent.emit(events.NodeLeft(node=self._session.node, reason=event.reason))
+        self._finish_deadline = None
+        self._store.forget()
+        self._rejoin.lost(
+            event.reason, max((slot.step_max for slot in self._slots), default=-1), time.monotonic()
         )
+
+    def _try_to_rejoin(self) -> None:
+        try:
+            self._session.join()
+        except RunClosed:
+            self._rejoin.done()  # the session's next event says how it ended
+        except (StoreUnavailable, StoreRefused, NotJoined) as error:
+            logger.info("not rejoined yet: %s", error)
+            self._rejoin.failed(error, time.monotonic())
+        else:
+            self._rejoin.done()
+            logger.warning("rejoined the job as a new member")
+            self._agent.emit(
+                events.NodeJoined(
+                    node=self._session.node, nproc=len(self._slots), incarnation=self._session.incarnation
+                )
+            )
 
     # Workers.
 
@@ -334,6 +366,8 @@ class Supervisor:
     def _on_deadlines(self) -> None:
         now = time.monotonic()
         self._group.kill_stuck(now)
+        if self._rejoin.due is not None and now >= self._rejoin.due and self._result is None:
+            self._try_to_rejoin()
         if self._store.deadline is not None and now >= self._store.deadline and self._result is None:
             self._give_up_store()
         if self._stop_deadline is not None and now >= self._stop_deadline:

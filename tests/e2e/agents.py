@@ -14,6 +14,8 @@ from typing import Any
 
 from job import Job, Line
 
+from autoglm_elastic.core.lineage import GenerationRecord, spans
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -84,3 +86,19 @@ def assert_chain(steps: list[tuple[int, int]]) -> None:
     for before, after in itertools.pairwise(steps):
         ahead = after[1] - before[1]
         assert ahead == 1 or (ahead == 2 and after[0] > before[0]), (before, after, steps)
+
+
+def in_lineage(run_dir: Path) -> list[tuple[int, int]]:
+    """(generation, step) of the steps that count, in the order in which they were committed."""
+    records = [
+        GenerationRecord.from_json(json.loads(path.read_text()))
+        for path in (run_dir / "generations").glob("*.json")
+    ]
+    line = spans(records)
+    counted = []
+    for generation, step in committed(run_dir):
+        if generation in line:
+            first, last = line[generation]
+            if first < step and (last is None or step <= last):
+                counted.append((generation, step))
+    return counted

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,20 @@ Line = dict[str, Any]
 
 
 class Job:
-    """One agent process. `reports` are the JSON lines so far, `text` everything else that was printed."""
+    """One agent process. `reports` are the JSON lines so far, `text` everything else that was printed. `prefix`: a
+    command that becomes the one after it, in another place."""
 
-    def __init__(self, *arguments: str | os.PathLike[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str | os.PathLike[str],
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.reports: list[Line] = []
         self.text: list[str] = []
         self._buffer = b""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "autoglm_elastic.cli.run", *map(os.fspath, arguments)],
+            [*prefix, sys.executable, "-m", "autoglm_elastic.cli.run", *map(os.fspath, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from agents import agent, committed, free_port, host_first, wait, wait_for
+from agents import agent, free_port, host_first, in_lineage, wait, wait_for
 from job import SCRIPTS, Job
-
-from autoglm_elastic.core.lineage import GenerationRecord, spans
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
@@ -111,22 +109,6 @@ class Soak:
     def close(self) -> None:
         for job in [*self.jobs, *self.over]:
             job.__exit__()
-
-
-def in_lineage(run_dir: Path) -> list[tuple[int, int]]:
-    """(generation, step) of the steps that count, in the order in which they were committed."""
-    records = [
-        GenerationRecord.from_json(json.loads(path.read_text()))
-        for path in (run_dir / "generations").glob("*.json")
-    ]
-    line = spans(records)
-    counted = []
-    for generation, step in committed(run_dir):
-        if generation in line:
-            first, last = line[generation]
-            if first < step and (last is None or step <= last):
-                counted.append((generation, step))
-    return counted
 
 
 def assert_live_recoveries_lose_nothing(run_dir: Path) -> None:

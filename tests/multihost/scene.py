@@ -1,0 +1,162 @@
+"""A job on several hosts with an etcd on hosts of its own, and what must hold on its logs afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agents import committed, in_lineage, wait_for
+from etcd_cluster import Cluster
+from job import SCRIPTS, Job, Line
+from net import Network
+from table import note
+
+TRAIN = SCRIPTS / "train.py"
+MEMBERS = ("e1", "e2", "e3")
+NODES = ("n1", "n2", "n3")
+BACK_S_MAX = 60.0
+"""How long anything here may take on a busy machine."""
+
+
+class Scene:
+    """`jobs`: the agents by host, one worker each. `etcd`: members by number, on the hosts `MEMBERS`."""
+
+    def __init__(self, network: Network, etcd: Cluster, run_dir: Path) -> None:
+        self.network, self.etcd, self.run_dir = network, etcd, run_dir
+        self.jobs: dict[str, Job] = {}
+        self.gone: list[Job] = []
+        self.fault_at = 0.0
+        self._fault_generation = 0
+
+    # The job
+
+    def start(self, *hosts: str, flags: tuple[str, ...] = ()) -> None:
+        for host in hosts:
+            self.jobs[host] = Job(
+                f"--nnodes=1:{len(NODES)}", "--nproc-per-node=1", "--rdzv-id=job", f"--rdzv-conf=node={host}",
+                "--store", self.etcd.address, *flags, "--run-dir", self.run_dir,
+                TRAIN, "--steps=100000", "--pause-s=0.02",
+                prefix=self.network[host].prefix,
+            )  # fmt: skip
+
+    def trains(self, world: int, more: int = 5, *, without: tuple[str, ...] = ()) -> int:
+        """Wait until a world of that size has gone on by so many steps from now on; its newest step."""
+        jobs = [job for host, job in self.jobs.items() if host not in without]
+        for job in jobs:
+            job.read()
+        seen = {id(job): len(job.reports) for job in jobs}
+        past = max((line.get("step", 0) for job in self._all() for line in job.reports), default=0)
+
+        def wanted(line: Line) -> bool:
+            return (
+                line.get("world") == world
+                and line.get("step", 0) >= past + more
+                and any(line is new for job in jobs for new in job.reports[seen[id(job)] :])
+            )
+
+        return int(wait_for(jobs, wanted, BACK_S_MAX)[1]["step"])
+
+    def first_node(self) -> str:
+        """It hosts the generation's c10d store and rank 0."""
+        return str(self.generations()[-1]["nodes"][0])
+
+    def generations(self) -> list[dict[str, Any]]:
+        return self.events("generation.sealed")
+
+    def events(self, name: str, *, node: str = "") -> list[dict[str, Any]]:
+        """The fields of the events of that name with their `wall_time`, in order."""
+        found = []
+        for record in map(json.loads, (self.run_dir / "events.jsonl").read_text().splitlines()):
+            if record["name"] == name and (not node or record["fields"].get("node") == node):
+                found.append({**record["fields"], "wall_time": record["wall_time"]})
+        return found
+
+    # Faults
+
+    def fault(self) -> None:
+        """The next thing that happens is one: recovery is counted from now."""
+        self._fault_generation = self.generations()[-1]["number"]
+        self.fault_at = time.time()
+
+    def lose(self, host: str) -> None:
+        """The host is gone at once, with everything on it."""
+        self.fault()
+        self.network.lose(host)
+        self.gone.append(self.jobs.pop(host))
+        self.gone[-1].wait(BACK_S_MAX)
+
+    def recovered(self, scenario: str, outcome: str) -> None:
+        """Notes how long it took until a step of a newer generation was committed."""
+        rows = map(json.loads, (self.run_dir / "metrics.jsonl").read_text().splitlines())
+        at = next(row["wall_time"] for row in rows if row["generation"] > self._fault_generation)
+        note(scenario, outcome, at - self.fault_at)
+
+    # The end
+
+    def end(self) -> None:
+        """Stops the job with a snapshot and checks what must hold."""
+        next(iter(self.jobs.values())).process.send_signal(signal.SIGTERM)
+        for job in self.jobs.values():
+            assert job.wait(BACK_S_MAX) == 75, job.output()
+        self.check()
+
+    def check(self) -> None:
+        lines = committed(self.run_dir)
+        assert in_lineage(self.run_dir) == lines, "a step of a fenced generation was written"
+        taken_over = {sealed["from_step"] for sealed in self.events("incident.closed")}
+        for (one, before), (other, after) in itertools.pairwise(lines):
+            # What rank 0 had not written down when it died is missing in the log, and only there.
+            unwritten = after - before == 2 and (other > one or after in taken_over)
+            assert after - before == 1 or unwritten, ((one, before), (other, after))
+            assert other >= one, "an older generation went on"
+        tiers = [closed["tier"] for closed in self.events("incident.closed")]
+        assert set(tiers[1:]) <= {"live"}, "nothing had to be read back"
+        newest = 0
+        for closed in self.events("incident.closed")[1:]:
+            assert closed["from_step"] >= newest, "a committed step was lost"
+            newest = closed["step"]
+        numbers = [sealed["number"] for sealed in self.generations()]
+        assert len(set(numbers)) == len(numbers), "two hosts have put a generation to use as its first node"
+
+    def fenced_before_the_others_went_on(self, host: str) -> None:
+        """Its workers were dead before a world without it was sealed."""
+        left = self.events("node.left", node=host)[-1]["wall_time"]
+        without = next(
+            sealed["wall_time"]
+            for sealed in self.generations()
+            if sealed["wall_time"] > self.fault_at and host not in sealed["nodes"]
+        )
+        assert left < without, f"{host} stopped {left - without:.2f} s after the others went on"
+
+    def output(self) -> str:
+        return "\n".join(f"--- {host}\n{job.output()}" for host, job in self.jobs.items())
+
+    def _all(self) -> list[Job]:
+        return [*self.jobs.values(), *self.gone]
+
+
+@contextmanager
+def scene(folder: Path, *hosts: str) -> Iterator[Scene]:
+    """The hosts `NODES` (an agent on each of `hosts`, all together in one world) and `MEMBERS`."""
+    with Network(folder, *NODES, *MEMBERS) as network:
+        places = [(network[name].address, network[name].prefix) for name in MEMBERS]
+        with Cluster(folder / "etcd", members=len(MEMBERS), places=places) as etcd:
+            made = Scene(network, etcd, folder / "run")
+            try:
+                made.start(*(hosts or NODES))
+                made.trains(len(hosts or NODES))
+                yield made
+            except BaseException:
+                print(made.output())
+                raise
+            finally:
+                for name in made.jobs:
+                    network[name].kill()
+                for job in made._all():
+                    job.__exit__()
