@@ -364,6 +364,17 @@ def to_yaml(explained: Iterable[Explained]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def json_schema() -> str:
+    """The JSON schema of a configuration file, for editors and other tools (docs/settings.schema.json)."""
+    schema = msgspec.json.schema(Settings)
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "autoglm-run --config",
+        **schema,
+    }
+    return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
+
+
 def defaults_yaml() -> str:
     """`configs/default.yaml`: every setting at its default, under its meaning."""
     lines = [

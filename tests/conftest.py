@@ -49,12 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     chosen = f"{config.option.markexpr} {config.option.keyword}"
-    if "campaign" in chosen or any("::" in argument for argument in config.args):
+    if any("::" in argument for argument in config.args):
         return
-    campaigns = [item for item in items if item.get_closest_marker("campaign")]
-    if campaigns:
-        config.hook.pytest_deselected(items=campaigns)
-        items[:] = [item for item in items if item not in campaigns]
+    by_name = {name for name in ("campaign", "slurm") if name not in chosen}
+    if os.environ.get("AUTOGLM_TEST_EXCLUSIVE"):
+        by_name.discard("slurm")
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in by_name)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

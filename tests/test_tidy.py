@@ -35,6 +35,7 @@ WALL_CLOCK = {
 SLEEP = {
     "autoglm_elastic/agent/_endpoint.py": "a host that is not up yet cannot be watched",
     "autoglm_elastic/agent/agent.py": "processes of torch's own context can only be asked",
+    "tests/launch/slurm_cluster.py": "Slurm can only be asked",
     "tests/cli/side_by_side.py": "files that torchrun's workers write can only be looked for",
 }
 PICKLES = {

@@ -21,11 +21,13 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Sequence
 from typing import Any, Final
 
 from autoglm_elastic.agent import _linux, _threads, worker_main
 from autoglm_elastic.agent._fork_safety import ZygoteFacts
+from autoglm_elastic.agent.signals import STOP_SIGNALS
 
 ALWAYS_IMPORTED: Final = ("torch", "torch._dynamo", "autoglm_elastic.training.run")
 """Every optimizer imports torch._dynamo when it is built: 0.7 s, paid once here; `elastic.run` takes 0.3 s."""
@@ -38,6 +40,10 @@ _STARTUP_QUERY_S: Final = 60.0
 """A bare interpreter answers in 20 ms; a cold network file system may take seconds."""
 
 _CUDA_NOT_INITIALIZED: Final = 3
+
+AGENTS_SIGNALS: Final = (signal.SIGINT, *STOP_SIGNALS)
+"""Schedulers send these to every process of a job. What they mean is the agent's to decide: the zygote ends with it,
+and would take the workers along before they have committed a snapshot."""
 
 
 class PreloadError(Exception):
@@ -65,7 +71,7 @@ def detach(agent_pid: int, control_fd: int, *, forked: bool) -> worker_main.Fres
     _default_signals(ignored)
     _close_descriptors(keep={control_fd})
     _default_hooks()
-    return worker_main.FreshState((), frozenset(int(number) for number in mask), signal.SIG_DFL)
+    return worker_main.FreshState((), frozenset(int(number) for number in mask), {})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +102,11 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
     threads = _threads.settled_threads()
     # From here on the server's loop watches the agent, and ends the workers' whole sessions with it.
     _linux.set_parent_death_signal(0)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {
+        int(number): signal.signal(number, _leave_to_the_agent)
+        for number in AGENTS_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     facts = ZygoteFacts(
         env=env,
         cwd=cwd,
@@ -105,7 +115,7 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
         threads=threads,
         startup_modules=frozenset(modules),
     )
-    return Prepared(facts, dataclasses.replace(state, path=tuple(path), interrupt=interrupt), compute_threads)
+    return Prepared(facts, dataclasses.replace(state, path=tuple(path), handlers=handlers), compute_threads)
 
 
 def cuda_initialized() -> bool:
@@ -119,6 +129,10 @@ def cuda_initialized() -> bool:
     count = ctypes.c_int()
     status = ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(count))
     return int(status) != _CUDA_NOT_INITIALIZED
+
+
+def _leave_to_the_agent(number: int, frame: types.FrameType | None) -> None:
+    """In place of SIG_IGN, which a worker that is executed would inherit."""
 
 
 def _import(names: Sequence[str]) -> None:

@@ -43,12 +43,12 @@ class FreshState:
     Args:
         path: `sys.path` without its first entry, which belongs to the script.
         mask: blocked signals.
-        interrupt: the handler of SIGINT, which the zygote itself ignores.
+        handlers: of the signals that the zygote leaves to the agent, by number.
     """
 
     path: tuple[str, ...]
     mask: frozenset[int]
-    interrupt: Callable[[int, types.FrameType | None], Any] | int | None
+    handlers: Mapping[int, Callable[[int, types.FrameType | None], Any] | int | None]
 
 
 def become(script: PythonScript, env: Mapping[str, str], cwd: str | None, state: FreshState) -> None:
@@ -59,7 +59,8 @@ def become(script: PythonScript, env: Mapping[str, str], cwd: str | None, state:
     """
     if cwd is not None:
         os.chdir(cwd)
-    signal.signal(signal.SIGINT, state.interrupt)
+    for number, handler in state.handlers.items():
+        signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, state.mask)
     os.environ.clear()
     os.environ.update(env)

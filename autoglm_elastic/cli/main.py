@@ -174,10 +174,14 @@ def config(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="One setting; repeatable.")
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of such a file instead.")] = False,
 ) -> None:
     """Print every setting with its value and where it came from; the output is a file for --config."""
     from autoglm_elastic import settings
 
+    if schema:
+        print(settings.json_schema(), end="")
+        return
     given = [settings.override(text) for text in overrides or ()]
     print(settings.to_yaml(settings.explain(settings.load(file, os.environ, given))), end="")
 

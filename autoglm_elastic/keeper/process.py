@@ -18,13 +18,15 @@ from autoglm_elastic.settings import Keeper as KeeperSettings
 from autoglm_elastic.storage import LocalBlobs, open_blobs
 
 READY: Final = b"ready\n"
+_NOT_FOR_US: Final = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Schedulers send these to every process of a job, which then wants one more snapshot: of us. We end by ourselves."""
 
 
 def run(path: str, url: str, settings: str, pipe: int) -> None:
     """Serves until nobody needs it. On `pipe`: READY, or why not, or nothing when another one is there."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in _NOT_FOR_US:
+            signal.signal(number, signal.SIG_IGN)
         chosen = msgspec.json.decode(settings, type=KeeperSettings)
         memory.step_back(chosen.nice)
         blobs = open_blobs(url)
