@@ -35,8 +35,8 @@ files."""
 
 CHUNK_BYTES: Final = 32 << 20
 """Target size of a chunk, the unit of verification: what a reader of one element has to read at least."""
-PACK_BYTES: Final = 2 << 30
-"""Target size of a pack."""
+PACK_BYTES: Final = 256 << 20
+"""Target size of a pack: several are written at the same time, which is where a disk's speed comes from."""
 PACK_CHUNKS_MAX: Final = 100_000
 """Keeps a pack's header far below HEADER_BYTES_MAX."""
 SPLIT_BYTES_MIN: Final = 1 << 20

@@ -141,7 +141,7 @@ class Keeper:
         """
         url = address.canonical(url)
         try:
-            path = address.socket_path(url, node or os.environ.get(wire.ENV_NODE) or socket.gethostname())
+            path = _path_of(url, node)
             for _ in range(_ATTEMPTS):
                 connection = connect(path, ANSWER_S)
                 if connection is None:
@@ -159,6 +159,14 @@ class Keeper:
         except (ElasticError, OSError) as error:
             raise KeeperGone(one_line(error)) from error
         raise KeeperGone(f"no keeper stayed at {path}")
+
+    @staticmethod
+    def listens(url: str, *, node: str | None = None) -> bool:
+        """Whether there may be a keeper already. Starts nothing."""
+        try:
+            return os.path.exists(_path_of(address.canonical(url), node))
+        except (ElasticError, OSError):
+            return False
 
     def enter(self, *, rank: int, world_size: int, generation: int) -> None:
         """Jobs from now on are of this rank of this generation; segments are kept."""
@@ -409,6 +417,10 @@ class Keeper:
             job.pending.settle((), KeeperGone(reason))
         for segment in segments:
             segment.held.close()
+
+
+def _path_of(url: str, node: str | None) -> str:
+    return address.socket_path(url, node or os.environ.get(wire.ENV_NODE) or socket.gethostname())
 
 
 def _greet(connection: socket.socket, url: str, rank: int) -> int | None:

@@ -218,6 +218,8 @@ class SnapshotCommitted(Event, frozen=True, kw_only=True):
     nbytes: int = 0
     seconds: float = 0.0
     stall_s: float = 0.0
+    coalesced: int = 0
+    """Triggers since the last one that found a snapshot in flight: each was late or came to nothing."""
 
 
 class SnapshotAborted(Event, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from autoglm_elastic.catalog.format import CatalogEntry
 from autoglm_elastic.catalog.verify import Problem
 from autoglm_elastic.snapshot.commit import SaveResult
 from autoglm_elastic.snapshot.dcp import SafetensorsReader, SafetensorsWriter
+from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport
 from autoglm_elastic.snapshot.manager import CheckpointManager, Handle
 from autoglm_elastic.snapshot.votes import GroupVotes, SingleVotes
@@ -13,6 +14,7 @@ __all__ = [
     "CheckpointManager",
     "GroupVotes",
     "Handle",
+    "Line",
     "LoadReport",
     "Problem",
     "SafetensorsReader",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from autoglm_elastic.catalog import format as fmt
-from autoglm_elastic.catalog import tree
+from autoglm_elastic.catalog import limits, tree
 from autoglm_elastic.catalog.decide import Decide, Request
 from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.index import Catalog
@@ -21,8 +21,7 @@ from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote
 from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.ports import StreamBlobs, Votes, VotesLost
-from autoglm_elastic.snapshot.stage import Staged
-from autoglm_elastic.snapshot.write import Prepare
+from autoglm_elastic.snapshot.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Commit:
     """One rank's part in one snapshot.
 
     Args:
-        staged: this rank's copy, or why there is none.
+        staging: this rank's copy, or why there is none.
         wall: seconds since the epoch, for the catalog.
     """
 
@@ -72,18 +71,18 @@ class Commit:
         catalog: Catalog,
         votes: Votes,
         request: Request,
-        staged: Staged | ElasticError,
+        staging: Staging | ElasticError,
         *,
         failpoint: Failpoints,
         wall: Callable[[], float],
     ) -> None:
         self._blobs, self._catalog, self._votes = blobs, catalog, votes
-        self._request, self._snapshot, self._staged = request, request.snapshot, staged
+        self._request, self._snapshot, self._staging = request, request.snapshot, staging
         self._failpoint, self._wall = failpoint, wall
-        self._prepare = Prepare.begin(blobs, failpoint)
         self._participant = core.Participant(self._snapshot.generation)
         self._detail = ""
         self._ruling: tuple[Verdict, str] | None = None
+        self._peer_lost = False
         self._events: deque[core.ParticipantEvent] = deque()
         self.failed_here = ""
         """Why this rank could not prepare, for its report."""
@@ -105,30 +104,37 @@ class Commit:
                     case core.SendVote():
                         self._vote(effect)
                     case core.Discard():
-                        self._prepare.discard()
+                        self._settled(Verdict.ABORT)
                     case core.Release():
+                        self._settled(self._ruling[0] if self._ruling else Verdict.UNKNOWN)
                         released = True
         self._failpoint("decided")
         return self._result(released)
 
     def _on_stage(self) -> None:
-        if isinstance(self._staged, ElasticError):
-            self._fail(str(self._staged))
+        if isinstance(self._staging, ElasticError):
+            self._fail(str(self._staging))
         else:
             self._events.append(core.Staged(self._snapshot))
 
+    def _settled(self, verdict: Verdict) -> None:
+        if isinstance(self._staging, Staging):
+            self._staging.settled(verdict)
+
     def _fail(self, reason: str) -> None:
         self.failed_here = reason
+        if isinstance(self._staging, Staging):
+            self._staging.give_up(reason)
         self._events.append(core.Written(self._snapshot, False, reason=reason))
 
     def _write_packs(self) -> None:
-        if isinstance(self._staged, ElasticError):
-            raise self._staged
+        if isinstance(self._staging, ElasticError):
+            raise self._staging
         try:
+            prepared = fmt.encode(self._staging.prepared(limits.VOTE_S))
             if self._votes.rank == 0 and self._snapshot.entry in self._catalog.names():
                 self._fail(f"snapshot {self._snapshot.entry} is already in the catalog")
                 return
-            prepared = fmt.encode(self._prepare.write(self._staged, self._votes.rank))
         except ElasticError as error:
             self._fail(str(error))
             return
@@ -167,8 +173,8 @@ class Commit:
         message = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling | _Wanted)
         if isinstance(message, _Wanted):
             answer = b""
-            if self._votes.rank in message.ranks and isinstance(self._staged, Staged):
-                answer = fmt.encode(self._staged.structure)
+            if self._votes.rank in message.ranks and isinstance(self._staging, Staging):
+                answer = fmt.encode(self._staging.structure())
             self._votes.gather(answer)
             message = msgspec.json.decode(self._votes.broadcast(None), type=_Ruling)
         return message
@@ -182,8 +188,8 @@ class Commit:
             if vote.vote is Vote.PREPARED
         }
         known = {}
-        if isinstance(self._staged, Staged):
-            known[self._staged.digest] = self._staged.structure
+        if isinstance(self._staging, Staging):
+            known[self._staging.digest] = self._staging.structure()
         missing: dict[str, int] = {}
         for rank in sorted(votes):
             if votes[rank].structure not in known:
@@ -208,7 +214,11 @@ class Commit:
             votes = [self._ballot(rank, ballot) for rank, ballot in enumerate(ballots)]
             structures = self._structures(votes)
             heard = [*votes]
-        except (VotesLost, ElasticError, msgspec.MsgspecError, ValueError) as error:
+        except VotesLost as error:
+            # Whoever is lost may have been prepared: then the keepers can still commit it without us.
+            self._peer_lost = not self.failed_here
+            heard = [core.PeerLost(str(error))]
+        except (ElasticError, msgspec.MsgspecError, ValueError) as error:
             heard = [core.PeerLost(str(error))]
         decide = Decide(
             self._blobs,
@@ -229,6 +239,8 @@ class Commit:
         )
 
     def _announce(self, verdict: Verdict, reason: str) -> None:
+        if verdict is Verdict.ABORT and self._peer_lost:
+            verdict = Verdict.UNKNOWN
         self._ruling = (verdict, reason)
         ruling = _Ruling(self._snapshot.step, self._snapshot.generation, verdict.value, reason)
         try:

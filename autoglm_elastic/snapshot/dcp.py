@@ -42,20 +42,22 @@ from torch.futures import Future
 from autoglm_elastic.catalog import failpoints, limits, tree
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog.decide import Decide, Request
+from autoglm_elastic.catalog.dtypes import DType
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.merge import merge, structure_digest
 from autoglm_elastic.catalog.opened import OpenPacks
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
+from autoglm_elastic.keeper import InProcess, WriteJob
 from autoglm_elastic.snapshot.boxes import placed
+from autoglm_elastic.snapshot.copy import Copy
 from autoglm_elastic.snapshot.dtypes import torch_dtype, versions
 from autoglm_elastic.snapshot.encode import encode
-from autoglm_elastic.snapshot.layout import Layout, parts_of
+from autoglm_elastic.snapshot.layout import Part, parts_of
 from autoglm_elastic.snapshot.read import read_tensors
 from autoglm_elastic.snapshot.scatter import Target
-from autoglm_elastic.snapshot.stage import Arena
-from autoglm_elastic.snapshot.write import Prepare
+from autoglm_elastic.snapshot.stage import Images
 from autoglm_elastic.storage import LocalBlobs
 
 _PathLike = str | os.PathLike[str]
@@ -66,6 +68,21 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     prepared: fmt.Prepared
     structure: fmt.Structure
+
+
+@dataclasses.dataclass(slots=True)
+class _Items:
+    """What one rank's plan says, with the data. `values`: JSON by name."""
+
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    local: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    shapes: dict[str, fmt.Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, dtype: DType, shape: tuple[int, ...], box: fmt.Box, local: torch.Tensor) -> None:
+        self.shapes[name] = fmt.Tensor(dtype.name, shape)
+        self.parts.extend(parts_of(name, dtype, shape, box, len(self.local)))
+        self.local.append(local)
 
 
 class SafetensorsWriter(StorageWriter):
@@ -112,19 +129,13 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Durable packs when this returns. The first result carries this rank's chunk table."""
-        layout = Layout(tree={})
+        items = _Items()
         for item in plan.items:
             if item.type is WriteItemType.BYTE_IO:
-                self._lay_out_value(item, planner, layout)
+                self._lay_out_value(item, planner, items)
             else:
-                self._lay_out_tensor(item, planner, layout)
-        prepare = Prepare.begin(_blobs(self.checkpoint_id), failpoints.none)
-        try:
-            staged = Arena().stage(layout)
-            table = fmt.encode(_Table(prepare.write(staged, self._rank), staged.structure))
-        except BaseException:
-            prepare.discard()
-            raise
+                self._lay_out_tensor(item, planner, items)
+        table = fmt.encode(self._write(items))
         results = [
             WriteResult(item.index, item.tensor_storage_size() or 0, table if number == 0 else None)
             for number, item in enumerate(plan.items)
@@ -133,7 +144,29 @@ class SafetensorsWriter(StorageWriter):
         future.set_result(results)
         return future
 
-    def _lay_out_tensor(self, item: WriteItem, planner: SavePlanner, layout: Layout) -> None:
+    def _write(self, items: _Items) -> _Table:
+        """Raises ElasticError; nothing is left behind then."""
+        structure = fmt.Structure(tensors=items.shapes, tree=items.values)
+        digest = structure_digest(structure)
+        images = Images(items.parts)
+        snapshot = Snapshot(0, self._generation)
+        keeper = InProcess(_blobs(self.checkpoint_id), rank=self._rank)
+        try:
+            segment = keeper.segment(max(1, images.nbytes))
+            sources = [part.of(items.local[part.source]) for part in images.parts]
+            Copy(list(zip(images.views(segment), sources, strict=True)), (), ()).wait(0)
+            images.write_heads(segment)
+            job = WriteJob(snapshot, segment.number, images.packs, b"", b"")
+            packs = keeper.write(job).wait(limits.VOTE_S)
+            keeper.settled(snapshot, Verdict.COMMIT)
+        except BaseException:
+            keeper.settled(snapshot, Verdict.ABORT)
+            raise
+        finally:
+            keeper.close()
+        return _Table(fmt.Prepared(packs=packs, structure=digest, cover=images.cover), structure)
+
+    def _lay_out_tensor(self, item: WriteItem, planner: SavePlanner, items: _Items) -> None:
         name = item.index.fqn
         data = planner.resolve_data(item)
         if not isinstance(data, torch.Tensor) or item.tensor_data is None:
@@ -146,10 +179,9 @@ class SafetensorsWriter(StorageWriter):
                 f"the plan says that a part of {name} is {list(box[1])}, but it is {list(where.shape)}",
                 do="turn the planner's plan caching off",
             )
-        layout.shapes[name] = fmt.Tensor(where.dtype.name, shape)
-        layout.parts.extend(parts_of(name, where.dtype, shape, box, where.local))
+        items.add(name, where.dtype, shape, box, where.local)
 
-    def _lay_out_value(self, item: WriteItem, planner: SavePlanner, layout: Layout) -> None:
+    def _lay_out_value(self, item: WriteItem, planner: SavePlanner, items: _Items) -> None:
         name = item.index.fqn
         if not isinstance(planner, DefaultSavePlanner):
             raise UsageError(
@@ -159,11 +191,10 @@ class SafetensorsWriter(StorageWriter):
         def name_array(path: tree.Path, array: torch.Tensor) -> str:
             where = placed(array, tree.path_name(path))
             inner = tree.path_name(path)
-            layout.shapes[inner] = fmt.Tensor(where.dtype.name, where.shape)
-            layout.parts.extend(parts_of(inner, where.dtype, where.shape, where.box, where.local))
+            items.add(inner, where.dtype, where.shape, where.box, where.local)
             return inner
 
-        layout.tree[name] = encode(planner.lookup_object(item.index), (name,), name_array)
+        items.values[name] = encode(planner.lookup_object(item.index), (name,), name_array)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator: manifest, catalog entry (the commit), hints. Raises PlatformError when not

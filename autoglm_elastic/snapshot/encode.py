@@ -1,11 +1,10 @@
-"""From a live state to its structure as JSON (catalog/tree.py says which JSON): tensors and arrays get names,
-objects are asked for `to_state()` or `state_dict()`, and what does not fit names itself."""
+"""The leaves of a state as JSON (catalog/tree.py says which JSON): plain values, and tensors by their names."""
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,32 +13,37 @@ import torch
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.tree import INT64, Path, path_name
 from autoglm_elastic.errors import UsageError
+from autoglm_elastic.snapshot import walk
+
+NameTensor = Callable[[Path, torch.Tensor], str]
+"""Called for every tensor and numpy array; gives the name to store."""
 
 
-def to_plain(value: object) -> object:
-    """The state that an object offers of itself, or the value unchanged."""
-    for method in ("to_state", "state_dict"):
-        offered = getattr(value, method, None)
-        if callable(offered) and not isinstance(value, type):
-            return offered()
-    return value
+def encode(value: object, path: Path, name_tensor: NameTensor) -> Any:
+    """JSON for `value`. Raises UsageError for what does not fit, naming it."""
+    if isinstance(value, walk.LEAVES):
+        return encode_leaf(value, path, name_tensor)
+    shape, leaves = walk.learn(value, path)
+    nodes = [encode_leaf(leaf, at, name_tensor) for leaf, at in zip(leaves, shape.paths, strict=True)]
+    return shape.build(nodes, {}, encode_key)
 
 
-def encode(value: object, path: Path, name_tensor: Callable[[Path, torch.Tensor], str]) -> Any:
-    """JSON for `value`. `name_tensor` is called for every tensor and numpy array and gives the name to store.
+def encode_leaf(leaf: Any, path: Path, name_tensor: NameTensor) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return {"$": "tensor", "v": name_tensor(path, leaf)}
+    if isinstance(leaf, np.ndarray):
+        return {"$": "array", "v": name_tensor(path, as_tensor(leaf, path))}
+    return encode_value(leaf, path)
 
-    Raises UsageError for what does not fit, naming it.
-    """
-    if len(path) > limits.TREE_DEPTH_MAX:
-        raise UsageError(f"state is nested deeper than {limits.TREE_DEPTH_MAX} at {path_name(path[:4])}…")
+
+def encode_value(value: Any, path: Path) -> Any:
+    """JSON for what is neither a tensor nor a container. Raises UsageError."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, torch.Tensor):
-        return {"$": "tensor", "v": name_tensor(path, value)}
-    if isinstance(value, np.ndarray):
-        return {"$": "array", "v": name_tensor(path, _as_tensor(value, path))}
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, bool):
+        return value
     if isinstance(value, int):
         return int(value) if value in INT64 else {"$": "int", "v": str(int(value))}
     if isinstance(value, float):
@@ -48,41 +52,20 @@ def encode(value: object, path: Path, name_tensor: Callable[[Path, torch.Tensor]
         return _text(str(value), path)
     if isinstance(value, bytes | bytearray):
         return {"$": "bytes", "v": _text(base64.b64encode(value).decode(), path)}
-    if isinstance(value, Mapping):
-        return _encode_mapping(value, path, name_tensor)
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        items = [encode(item, (*path, index), name_tensor) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$": "tuple", "v": items}
-    plain = to_plain(value)
-    if plain is value:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise UsageError(
-            f"state at {path_name(path) or 'the root'} is a {kind}",
-            valid="tensors, numpy arrays, None, bool, int, float, str, bytes; dicts, lists, tuples of them",
-            do="give it to_state() and from_state(state), or leave it out of the state",
-        )
-    return encode(plain, path, name_tensor)
+    raise UsageError(
+        f"state at {path_name(path)} is a {type(value).__module__}.{type(value).__qualname__}",
+        valid="numbers, text and bytes",
+        do="keep it as one of these",
+    )
 
 
-def _encode_mapping(
-    value: Mapping[Any, Any], path: Path, name_tensor: Callable[[Path, torch.Tensor], str]
-) -> Any:
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {str(key): encode(item, (*path, key), name_tensor) for key, item in value.items()}
+def encode_key(key: Any) -> Any:
+    """JSON for a mapping's key that JSON itself does not have: a value, or a tuple of them."""
+    return encode(key, (), _no_tensor)
 
-    def no_tensor(where: Path, _: torch.Tensor) -> str:
-        raise UsageError(f"a tensor is a dict key at {path_name(where)}")
 
-    pairs = []
-    for key, item in value.items():
-        if not isinstance(key, str | int | float | bool | bytes | tuple | type(None)):
-            raise UsageError(
-                f"state at {path_name(path)} has a key of type {type(key).__qualname__}",
-                valid="str, int, float, bool, bytes, None, or a tuple of them",
-            )
-        step = key if isinstance(key, str | int) else repr(key)
-        pairs.append([encode(key, path, no_tensor), encode(item, (*path, step), name_tensor)])
-    return {"$": "dict", "v": pairs}
+def _no_tensor(path: Path, tensor: torch.Tensor) -> str:
+    raise UsageError("a tensor is a dict key", do="use text or a number")
 
 
 def _text(text: str, path: Path) -> str:
@@ -95,7 +78,8 @@ def _text(text: str, path: Path) -> str:
     return text
 
 
-def _as_tensor(array: np.ndarray[Any, Any], path: Path) -> torch.Tensor:
+def as_tensor(array: np.ndarray[Any, Any], path: Path) -> torch.Tensor:
+    """A tensor of the array's elements. Raises UsageError for a dtype that torch does not have."""
     try:
         return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
     except TypeError as error:

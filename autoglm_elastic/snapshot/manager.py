@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoglm_elastic.catalog import failpoints, limits
 from autoglm_elastic.catalog.decide import Request
@@ -21,18 +25,17 @@ from autoglm_elastic.catalog.housekeeping import Housekeeper
 from autoglm_elastic.catalog.index import Catalog, OnEvent, no_event
 from autoglm_elastic.catalog.verify import Problem, verify
 from autoglm_elastic.coordination.clock import SystemClock
-from autoglm_elastic.core.commit import Snapshot
+from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot.commit import Commit, SaveResult
 from autoglm_elastic.snapshot.dtypes import versions
-from autoglm_elastic.snapshot.layout import lay_out
+from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport, load_into
-from autoglm_elastic.snapshot.stage import Arena, Staged
+from autoglm_elastic.snapshot.staging import COPY_S, Stager, Staging
 from autoglm_elastic.snapshot.votes import SingleVotes
-from autoglm_elastic.storage import open_blobs
 
 _TRIGGERS, _LOADS = 1, 2
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
@@ -44,6 +47,7 @@ class Handle:
     """One `save`. Any thread may wait for it."""
 
     def __init__(self) -> None:
+        self._staging: Staging | None = None
         self._decided = threading.Event()
         self._result = SaveResult(False, None, "undecided")
 
@@ -55,6 +59,14 @@ class Handle:
         if not self._decided.wait(timeout_s):
             return SaveResult(False, None, f"not decided within {timeout_s} s")
         return self._result
+
+    def wait_staged(self, timeout_s: float = COPY_S) -> bool:
+        """Until whatever belongs to the snapshot may change, by anybody. False when that is not so in
+        time."""
+        return self._staging is None or self._staging.copied(timeout_s)
+
+    def staged_by(self, staging: Staging) -> None:
+        self._staging = staging
 
     def settle(self, result: SaveResult) -> None:
         self._result = result
@@ -73,7 +85,7 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class _Job:
     request: Request
-    staged: Staged | ElasticError
+    staging: Staging | ElasticError
     handle: Handle
     began: float
     stall_s: float
@@ -87,6 +99,8 @@ class CheckpointManager:
             `ports.StreamBlobs`.
         generation: which generation the snapshots extend; older ones are fenced off by the lineage.
         votes: the ranks' transport for this generation; None for a world of one.
+        in_flight_max: how many snapshots may be staged and not decided; each takes memory of its own.
+        line: to the node's keeper, which outlives this manager; None for one of its own.
         on_event: called with (name, fields) from whatever thread; what it raises is ignored.
         retention: which snapshots are kept; rank 0 removes the others after each commit, in a thread of its own. None
             removes nothing.
@@ -102,6 +116,8 @@ class CheckpointManager:
         votes: Votes | None = None,
         rank: int = 0,
         world_size: int = 1,
+        in_flight_max: int = limits.IN_FLIGHT_MAX,
+        line: Line | None = None,
         on_event: OnEvent | None = None,
         retention: Retention | None = None,
         grace_s: float = limits.GRACE_S,
@@ -114,10 +130,13 @@ class CheckpointManager:
                 f"rank {rank} of {world_size}",
                 valid=f"rank {votes.rank} of {votes.world_size}, as the votes say",
             )
-        self._blobs: StreamBlobs = open_blobs(run_dir) if isinstance(run_dir, str | os.PathLike) else run_dir
+        self._listener = on_event or no_event
+        self._own_line = line is None
+        self._line = line or Line(run_dir, on_event=self._on_event, failpoint=failpoint)
+        self._line.enter(rank=rank, world_size=world_size, generation=generation)
+        self._blobs: StreamBlobs = self._line.blobs
         self._votes: Votes = votes or SingleVotes()
         self._rank, self._world_size, self._generation = rank, world_size, generation
-        self._listener = on_event or no_event
         self._failpoint = failpoint
         self._catalog = Catalog(self._blobs, self._on_event)
         self._wall = SystemClock().wall
@@ -126,38 +145,45 @@ class CheckpointManager:
             if retention is not None and rank == 0
             else None
         )
-        self._arena = Arena()
+        self._stager = Stager(self._line, rank, world_size, failpoint)
+        self._hook: Any = None
         self._changed = threading.Condition()
-        self._job: _Job | None = None
-        self._busy = False
-        self._closed = False
+        self._jobs: deque[_Job] = deque()
+        self._in_flight = 0
+        self._in_flight_max = in_flight_max
+        self._closed = self._left = False
         self._thread: threading.Thread | None = None
+        self._told = 0
+        """Coalesced triggers that an event has told of."""
         self.counts = Counts()
 
     @property
     def busy(self) -> bool:
-        """A snapshot of this rank is staged and not decided yet."""
-        return self._busy
+        """As many snapshots of this rank as may be are not decided yet."""
+        return self._in_flight >= self._in_flight_max
 
     def save(
         self,
         step: int,
         state: Mapping[str, Any],
         *,
+        optimizers: Sequence[Optimizer] = (),
         metrics: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
         kind: str = "full",
         config_digest: str | None = None,
         agreed: bool = False,
     ) -> Handle:
-        """A snapshot of `state` as it is now. Returns when the state may change again. Never raises for a
-        snapshot's failure: the handle tells.
+        """A snapshot of `state` as it is now. Returns when the state may change again, except by a step of
+        `optimizers`. Never raises for a snapshot's failure: the handle tells.
 
         Args:
             step: the boundary; an entry is named by it and the generation, once.
             state: nested dicts and lists of tensors, DTensors and JSON values, alike on all ranks; plain
-            tensors have
-                the same content on all ranks.
+                tensors have the same content on all ranks.
+            optimizers: what they alone change (their parameters and what they keep for each) is copied while
+                training goes on; the next step of any optimizer waits for it. Whatever else changes it
+                meanwhile makes the snapshot fail.
             metrics: for the catalog; what is not finite is left out.
             agreed: all ranks know already that rank 0 is not busy; otherwise rank 0 tells them in a message
             of its own.
@@ -168,29 +194,37 @@ class CheckpointManager:
         if refusal:
             handle.settle(SaveResult(False, None, refusal))
             return handle
-        staged: Staged | ElasticError
-        try:
-            staged = self._arena.stage(lay_out(state, self._rank, self._world_size))
-        except ElasticError as error:
-            staged = error
-        except Exception as error:  # noqa: BLE001 - also what a user's state_dict() raises: this rank votes abort
-            staged = PlatformError(f"staging step {step}: {type(error).__name__}: {error}")
-        self._failpoint("staged")
+        snapshot = Snapshot(step, self._generation)
         request = Request(
-            Snapshot(step, self._generation),
+            snapshot,
             kind,
             {key: float(number) for key, number in (metrics or {}).items() if math.isfinite(number)},
             tuple(tags),
             config_digest,
             environment=versions(),
         )
+        staging: Staging | ElasticError
+        try:
+            if optimizers and self._hook is None:
+                self._hook = register_optimizer_step_pre_hook(self._before_step)
+            staging = self._stager.begin(request, state, optimizers)
+            handle.staged_by(staging)
+        except ElasticError as error:
+            staging = error
+        except Exception as error:  # noqa: BLE001 - also what a user's state_dict() raises: this rank votes abort
+            staging = PlatformError(f"staging step {step}: {type(error).__name__}: {error}")
         with self._changed:
-            self._job = _Job(request, staged, handle, began, monotonic() - began)
+            self._jobs.append(_Job(request, staging, handle, began, monotonic() - began))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="autoglm-snapshot", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
         return handle
+
+    def coalesced(self) -> None:
+        """Count a trigger that found a snapshot in flight and did not come to `save`."""
+        with self._changed:
+            self.counts.coalesced += 1
 
     def _admit(self, agreed: bool) -> str:
         """Why no snapshot begins now, or "" when this rank is reserved for one."""
@@ -199,7 +233,7 @@ class CheckpointManager:
             if self._closed:
                 return "the manager is closed"
             if self._rank == 0 and not agreed:
-                go = not self._busy
+                go = not self.busy
         if not agreed and self._world_size > 1:
             try:
                 word = self._votes.channel(_TRIGGERS).broadcast(b"go" if go else b"no")
@@ -209,37 +243,41 @@ class CheckpointManager:
                 return str(error)
             go = word == b"go"
         if not go:
-            with self._changed:
-                self.counts.coalesced += 1
+            self.coalesced()
             return "coalesced: another snapshot is in flight"
         with self._changed:
             # Rank 0 decided the last one before it asked for this: its decision can only be on the way.
-            if not self._changed.wait_for(lambda: not self._busy, timeout=limits.CLOSE_S):
+            if not self._changed.wait_for(lambda: not self.busy, timeout=limits.CLOSE_S):
                 return f"the snapshot before was not decided within {limits.CLOSE_S} s"
-            self._busy = True
+            self._in_flight += 1
         return ""
+
+    def _before_step(self, *_: object) -> None:
+        self._stager.wait_copied()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while self._job is None:
+                while not self._jobs:
                     if self._closed:
                         return
                     self._changed.wait(_IDLE_S)
-                job = self._job
+                job = self._jobs.popleft()
             result = SaveResult(False, None, "the writer failed")
             try:
                 result = self._commit(job)
             finally:
                 with self._changed:
-                    self._job = None
-                    self._busy = False
+                    self._in_flight -= 1
                     if result.committed:
                         self.counts.committed += 1
                     else:
                         self.counts.failed += 1
+                    last = self._closed and not self._in_flight
                     self._changed.notify_all()
                 job.handle.settle(result)
+                if last:
+                    self._leave()
 
     def _commit(self, job: _Job) -> SaveResult:
         snapshot = job.request.snapshot
@@ -248,7 +286,7 @@ class CheckpointManager:
             self._catalog,
             self._votes,
             job.request,
-            job.staged,
+            job.staging,
             failpoint=self._failpoint,
             wall=self._wall,
         )
@@ -256,12 +294,17 @@ class CheckpointManager:
             result = commit.run()
         except Exception as error:  # noqa: BLE001 - a bug in here is the snapshot's failure, not the training's
             result = SaveResult(False, None, f"{type(error).__name__}: {error}")
+            if isinstance(job.staging, Staging):
+                job.staging.settled(Verdict.UNKNOWN)
         where = {"step": snapshot.step, "generation": snapshot.generation}
         if commit.failed_here:
             self._on_event("snapshot.failed", {**where, "rank": self._rank, "reason": commit.failed_here})
         if self._rank == 0 and result.committed:
             took = {"nbytes": commit.nbytes, "seconds": monotonic() - job.began, "stall_s": job.stall_s}
-            self._on_event("snapshot.committed", {**where, "entry": result.entry, **took})
+            with self._changed:
+                swallowed, self._told = self.counts.coalesced - self._told, self.counts.coalesced
+            fields = {**where, "entry": result.entry, **took, "coalesced": swallowed}
+            self._on_event("snapshot.committed", fields)
             if self._housekeeper is not None:
                 self._housekeeper.request()
         elif self._rank == 0:
@@ -367,13 +410,29 @@ class CheckpointManager:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            idle = self._changed.wait_for(lambda: not self._busy, timeout=timeout_s)
+            idle = self._changed.wait_for(lambda: not self._in_flight, timeout=timeout_s)
         if self._housekeeper is not None:
             self._housekeeper.close(timeout_s)
+        self._stager.close("the manager was closed")
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if idle:
+            self._leave()
         thread = self._thread
         if idle and thread is not None and thread is not threading.current_thread():
             thread.join(timeout=limits.CLOSE_S)
         return idle
+
+    def _leave(self) -> None:
+        """Nothing is in flight and nothing will be."""
+        with self._changed:
+            if self._left:
+                return
+            self._left = True
+        self._stager.free()
+        if self._own_line:
+            self._line.close()
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,6 +18,9 @@ from autoglm_elastic.core.recovery import Holding, Plan
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, PlatformError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.training.outcomes import MisuseError
+
+_YES: Final = b"1"
+_NO: Final = b"0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Stored:
         """{"job", "layouts"} of a snapshot, all of whose bytes verify. Raises CorruptSnapshot."""
         raise CorruptSnapshot(f"no snapshot {entry}")
 
+    def settle(self) -> None:
+        """Returns when nothing that the dead have left on this node can still become a snapshot; bounded."""
+
     def put_generation(self, record: GenerationRecord) -> Outcome:
         return Outcome.OK
 
@@ -75,13 +81,24 @@ class Stored:
 def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, stored: Stored) -> Agreement:
     """All ranks call it. Bounded by the store's timeout; raises torch.distributed.DistError past it."""
     if world_size == 1:
+        if not _is_live(1, [held]):
+            stored.settle()
         return decide(world_size, generation, [held], stored)
     if rank != 0:
         store.set(f"have/{rank}", msgspec.json.encode(_to_json(held)))
+        if store.get("settle") == _YES:
+            stored.settle()
+            store.set(f"settled/{rank}", _YES)
         return _from_json(msgspec.json.decode(store.get("plan")))
     keys = [f"have/{other}" for other in range(1, world_size)]
     others = [_held(msgspec.json.decode(data)) for data in store.multi_get(keys)]
-    agreement = decide(world_size, generation, [held, *others], stored)
+    everybody = [held, *others]
+    live = _is_live(world_size, everybody)
+    store.set("settle", _NO if live else _YES)
+    if not live:
+        stored.settle()
+        store.multi_get([f"settled/{other}" for other in range(1, world_size)])
+    agreement = decide(world_size, generation, everybody, stored)
     told = asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
     store.set("plan", msgspec.json.encode(told))
     return agreement
@@ -107,6 +124,28 @@ def agree_on_end(store: Any, rank: int, world_size: int, step: int, last_snapsho
     return bool(store.get("finish") == b"1")
 
 
+def _is_live(world_size: int, held: list[Held]) -> bool:
+    """There is something to resume from without looking at the disk."""
+    plan = recovery.plan(
+        world_size,
+        [h.holding for h in held],
+        [],
+        [],
+        sharded_expected=_expected(held),
+        live_shards=True,
+    )
+    return plan.tier == "live"
+
+
+def _expected(held: list[Held]) -> frozenset[str]:
+    shards = _shards(held)
+    return frozenset(f"{shard}/{shards}" for shard in range(shards))
+
+
+def _shards(held: list[Held]) -> int:
+    return max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
+
+
 def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
     """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
     owed = _owed(held)
@@ -117,8 +156,6 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
         if not _just_left(held, generation):
             raise
         entries, records, unreadable = [], [], error
-    shards = max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
-    expected = frozenset(f"{shard}/{shards}" for shard in range(shards))
     opened: Mapping[str, Any] = {}
     entry = None
     while True:
@@ -127,7 +164,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             [h.holding for h in held],
             entries,
             records,
-            sharded_expected=expected,
+            sharded_expected=_expected(held),
             live_shards=True,
         )
         if unreadable is not None and plan.tier != "live":
@@ -144,7 +181,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     unwritten = tuple(record.to_json() for record in owed)
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
-        holders = _holders(plan, held, shards) if source.holding.sharded else ()
+        holders = _holders(plan, held, _shards(held)) if source.holding.sharded else ()
         return Agreement(plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten)
     if plan.tier == "disk":
         job, layouts = dict(opened["job"]), dict(opened["layouts"])

@@ -359,7 +359,7 @@ class Job:
         state = self._state.snapshot()
         state[OURS] = {"job": self.describe(), "layouts": self._state.layouts()}
         numbers = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
-        handle = self._snapshots.begin(self.step, state, numbers)
+        handle = self._snapshots.begin(self.step, state, numbers, self._state.optimizers)
         if self._snapshot_wanted is not None:
             self._snapshot_wanted.begun(handle)
             self._snapshot_wanted = None

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import torch
@@ -37,6 +37,9 @@ from autoglm_elastic.training.rows import Row
 from autoglm_elastic.training.snapshots import Snapshots
 from autoglm_elastic.training.state import State
 from autoglm_elastic.training.stopping import StopSignal
+
+if TYPE_CHECKING:
+    from autoglm_elastic.snapshot import Line
 
 T = TypeVar("T")
 
@@ -70,6 +73,7 @@ class Session:
         self._shard = (0, 0)
         self._snapshot_step = -1
         self._snapshots: Snapshots | None = None
+        self._line: Line | None = None
         self._unwritten: tuple[dict[str, Any], ...] = ()
         self._store: Any = None
         self._remains: list[Any] = []
@@ -94,13 +98,19 @@ class Session:
             self._control.send(wire.Hello(os.getpid()))
         with (
             contextlib.closing(self.metrics),
+            contextlib.ExitStack() as leaving,
             self._signal.handled(self._worldless),
         ):
+            leaving.callback(self._close_line)
             while True:
                 world = self._next_world()
                 over, value = self._one_generation(world, function, args, kwargs)
                 if not over:
                     return value  # type: ignore[return-value]  # it is the function's own value then
+
+    def _close_line(self) -> None:
+        if self._line is not None:
+            self._line.close()
 
     def _worldless(self) -> bool:
         return self._control is not None and self._control.waiting
@@ -184,8 +194,12 @@ class Session:
         place = self.settings.snapshot.url or self.run_dir
         if place is None:
             return
+        if self._line is None:
+            from autoglm_elastic.snapshot import Line
+
+            self._line = Line(place, settings=self.settings.keeper, on_event=self._emit)
         self._snapshots = Snapshots(
-            place,
+            self._line,
             generation=world.generation,
             rank=world.rank,
             world_size=world.world_size,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from autoglm_elastic.core.commit import CoalescingTrigger
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, Votes, VotesLost
@@ -19,13 +19,19 @@ from autoglm_elastic.settings import Settings
 from autoglm_elastic.training.agreement import Stored, write_records
 
 if TYPE_CHECKING:
-    from autoglm_elastic.snapshot import CheckpointManager
+    from torch.optim import Optimizer
+
+    from autoglm_elastic.snapshot import CheckpointManager, Line
 
 OURS: Final = "autoglm"
 """The key beside the tracked names in a snapshot: seed, cursors, layouts."""
 
 PREVIOUS_LIMIT_S: Final = 60.0
 """Rank 0 begins a snapshot only after it decided the one before; the others hear of that decision at once."""
+
+SETTLE_LIMIT_S: Final = 120.0
+"""A recovery that needs the disk waits so long for the keepers to finish what dead workers had staged; then it
+takes what is there."""
 
 Emit = Callable[[str, dict[str, Any]], None]
 
@@ -95,13 +101,14 @@ class Snapshots(Stored):
     """One generation's access to the run directory.
 
     Args:
+        line: to the run directory and its keeper.
         votes_group: builds the group for the votes; called at the first snapshot, on all ranks.
         emit: the event log.
     """
 
     def __init__(
         self,
-        place: Path | str,
+        line: Line,
         *,
         generation: int,
         rank: int,
@@ -114,8 +121,10 @@ class Snapshots(Stored):
 
         self._votes = LateVotes(rank, world_size)
         self._votes_group = votes_group
+        self._line = line
         self.manager: CheckpointManager = CheckpointManager(
-            place,
+            line.blobs,
+            line=line,
             generation=generation,
             votes=self._votes if world_size > 1 else None,
             rank=rank,
@@ -128,10 +137,13 @@ class Snapshots(Stored):
         self._emit = emit
         self._interval_steps = settings.snapshot.interval_steps
         self._interval_s = settings.snapshot.interval_s
-        self._begun_at = time.monotonic()
+        self._asked_at = time.monotonic()
+        self._asked_step = 0
+        self._trigger = CoalescingTrigger()
+        self._due = False
+        """A snapshot is to begin at the next boundary that all ranks agree on."""
         self._handle: Any = None
         self._begun_step = -1
-        self._last_step = 0
         self.committed_step = -1
         self._owed: list[GenerationRecord] = []
         self._broken = False
@@ -157,6 +169,9 @@ class Snapshots(Stored):
             raise CorruptSnapshot(f"snapshot {entry} was not written by elastic.run")
         return ours
 
+    def settle(self) -> None:
+        self._line.settle(SETTLE_LIMIT_S)
+
     def put_generation(self, record: GenerationRecord) -> Outcome:
         return self.manager.put_generation(record)
 
@@ -171,7 +186,7 @@ class Snapshots(Stored):
     def resumed_at(self, step: int, unwritten: Iterable[GenerationRecord]) -> None:
         """Where the generation begins: steps count from there. `unwritten`: records that must be on disk
         before a snapshot can be."""
-        self._last_step = step
+        self._asked_step = step
         self._owed = list(unwritten)
 
     def loader(self, entry: str) -> Callable[[dict[str, Any]], None]:
@@ -183,13 +198,21 @@ class Snapshots(Stored):
         return load
 
     def due(self, boundary: int) -> bool:
-        """Rank 0's decision; the others follow it. Never while one is under way."""
-        if self._rank != 0 or self.busy:
+        """Rank 0's decision; the others follow it. Never while one is under way: what falls due meanwhile
+        becomes one more as soon as that is decided."""
+        if self._rank != 0:
             return False
+        self.collect()
         every = self._interval_steps
-        by_steps = every > 0 and boundary // every > self._last_step // every
-        by_time = self._interval_s > 0 and time.monotonic() - self._begun_at >= self._interval_s
-        return by_steps or by_time
+        by_steps = every > 0 and boundary // every > self._asked_step // every
+        by_time = self._interval_s > 0 and time.monotonic() - self._asked_at >= self._interval_s
+        if by_steps or by_time:
+            self._asked_step, self._asked_at = boundary, time.monotonic()
+            self._trigger, start = self._trigger.request()
+            self._due = self._due or start
+            if not start:
+                self.manager.coalesced()
+        return self._due and self._handle is None
 
     @property
     def newest_begun(self) -> int:
@@ -201,10 +224,19 @@ class Snapshots(Stored):
         self.collect()
         return self._handle is not None
 
-    def begin(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> Any:
+    def begin(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metrics: Mapping[str, Any],
+        optimizers: Sequence[Optimizer] = (),
+    ) -> Any:
         """Stage the state of this boundary; all ranks call it at the same one. None when it could not even
-        begin."""
-        self._begun_at = time.monotonic()
+        begin.
+
+        Args:
+            optimizers: what they own may be copied until one of them steps."""
+        self._asked_step, self._asked_at = step, time.monotonic()
         try:
             if self._votes.world_size > 1 and not self._votes.bound:
                 self._votes.bind(self._votes_group())
@@ -213,9 +245,15 @@ class Snapshots(Stored):
                 self._owed = write_records(self, self._owed)
                 if self._owed:
                     state = {OURS: _Unrecorded(self._owed[0].number)}
-            self._handle = self.manager.save(step, state, metrics=dict(metrics), agreed=True)
-            self._begun_step = self._last_step = step
+            if not self._trigger.in_flight:
+                self._trigger, _ = self._trigger.request()
+            self._due = False
+            self._handle = self.manager.save(
+                step, state, optimizers=optimizers, metrics=dict(metrics), agreed=True
+            )
+            self._begun_step = step
         except (ElasticError, OSError, RuntimeError) as error:
+            self._settled()
             self._emit("snapshot.failed", self._failure(step, str(error)))
             return None
         return self._handle
@@ -248,8 +286,13 @@ class Snapshots(Stored):
         if handle is None or not handle.done():
             return
         self._handle = None
+        self._settled()
         if handle.wait(0).committed:
             self.committed_step = self._begun_step
+
+    def _settled(self) -> None:
+        self._trigger, again = self._trigger.settled()
+        self._due = self._due or again
 
     def close(self) -> None:
         """Leave: whoever still writes is left behind; its votes are lost, so nothing can come of it."""

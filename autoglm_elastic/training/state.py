@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autoglm_elastic.core.recovery import Plan
 from autoglm_elastic.training import move
@@ -132,6 +133,10 @@ class State:
     @property
     def sharded(self) -> bool:
         return any(tracked.sharded for tracked in self._objects.values())
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return [tracked.target for tracked in self._objects.values() if isinstance(tracked, TrackedOptimizer)]
 
     def tracks(self, target: Any) -> bool:
         return any(tracked.target is target for tracked in self._objects.values())

@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.observe import events
-from autoglm_elastic.snapshot import CheckpointManager
+from autoglm_elastic.snapshot import CheckpointManager, Line
 from autoglm_elastic.storage import LocalBlobs
 from autoglm_elastic.storage.files import Files
 from tests.snapshot.disk_model import Image, Recorder, images
@@ -213,13 +214,15 @@ def test_an_error_at_any_call_is_the_snapshots_failure_and_no_more(
 def test_an_aborted_snapshot_leaves_no_bytes_behind(tmp_path: Path) -> None:
     """A disk that is full does not become fuller with every trigger."""
     files = Faulty()
-    with CheckpointManager(LocalBlobs(tmp_path / "run", files=files)) as manager:
+    line = Line(LocalBlobs(tmp_path / "run", files=files))
+    with contextlib.closing(line), CheckpointManager(line.blobs, line=line) as manager:
         before: list[Path] = []
         aborted = 0
         for first in range(40):
             files.fail(first, 1, errno.ENOSPC)
             result = manager.save(first, state(first)).wait(WAIT_S)
             files.fail(-1, 0, 0)
+            assert line.settle(WAIT_S)
             packs = sorted(tmp_path.rglob("*.safetensors"))
             if result.committed:
                 before = packs

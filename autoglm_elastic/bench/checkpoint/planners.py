@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autoglm_elastic.catalog import format as fmt
-from autoglm_elastic.catalog.merge import merge, structure_digest
-from autoglm_elastic.catalog.packs import plan_packs
-from autoglm_elastic.snapshot.layout import lay_out
+from autoglm_elastic.catalog.merge import merge
+from autoglm_elastic.snapshot.layout import Layout
+from autoglm_elastic.snapshot.stage import Images
 
 ROWS: Final = 1024
 """Of each tensor: one a rank in the largest world."""
@@ -80,14 +80,13 @@ class OurPlanner:
     item_bytes = 0
 
     def local(self, state: dict[str, Any], rank: int, world_size: int) -> _OurLocal:
-        layout = lay_out(state, rank, world_size)
+        layout = Layout(state, rank, world_size)
+        images = Images(layout.parts)
         packs = tuple(
-            fmt.Pack(f"{rank:064x}", _HEAD_BYTES + plan.nbytes, _HEAD_BYTES, rank)
-            for plan in plan_packs(layout.parts)
-            if plan.nbytes
+            fmt.Pack(f"{rank:064x}", _HEAD_BYTES + image.nbytes, _HEAD_BYTES, rank) for image in images.packs
         )
-        structure = layout.structure()
-        prepared = fmt.Prepared(packs=packs, structure=structure_digest(structure), cover=layout.cover())
+        structure = layout.structure(layout.first().values)
+        prepared = fmt.Prepared(packs=packs, structure=layout.digest, cover=images.cover)
         return _OurLocal(prepared, structure)
 
     def all_locals(self, first: _OurLocal, world_size: int) -> list[_OurLocal]:
