@@ -26,7 +26,8 @@ _NO: Final = b"0"
 @dataclass(frozen=True, slots=True)
 class Held:
     """What one rank brings along. `job`: seed and cursors; `seed`: of its torch; `names`: what it tracks;
-    `shards`: how many make up its sharded state; `unwritten`: lineage records that the disk did not take."""
+    `shards`: how many make up its sharded state; `unwritten`: lineage records that the disk did not take;
+    `followed`: the generation whose plan it last followed, -1 for none."""
 
     holding: Holding
     job: dict[str, Any]
@@ -34,6 +35,7 @@ class Held:
     names: tuple[str, ...] = ()
     shards: int = 0
     unwritten: tuple[dict[str, Any], ...] = ()
+    followed: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Stored:
     def settle(self) -> None:
         """Returns when nothing that the dead have left on this node can still become a snapshot; bounded."""
 
-    def put_generation(self, record: GenerationRecord) -> Outcome:
+    def put_generation(self, record: GenerationRecord, *, patient: bool) -> Outcome:
+        """Unless `patient`, a store that does not answer soon has not taken the record. Raises PlatformError."""
         return Outcome.OK
 
     def owing(self, record: GenerationRecord, reason: str) -> None:
@@ -126,62 +129,29 @@ def agree_on_end(store: Any, rank: int, world_size: int, step: int, last_snapsho
 
 def _is_live(world_size: int, held: list[Held]) -> bool:
     """There is something to resume from without looking at the disk."""
-    plan = recovery.plan(
-        world_size,
-        [h.holding for h in held],
-        [],
-        [],
-        sharded_expected=_expected(held),
-        live_shards=True,
-    )
-    return plan.tier == "live"
-
-
-def _expected(held: list[Held]) -> frozenset[str]:
-    shards = _shards(held)
-    return frozenset(f"{shard}/{shards}" for shard in range(shards))
-
-
-def _shards(held: list[Held]) -> int:
-    return max((h.shards for h in held if h.holding.sharded and h.holding.complete), default=0)
+    return _plan(world_size, held, [], []).tier == "live"
 
 
 def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
-    """Rank 0's part: plan, make sure that what is planned can be read, put the record."""
+    """Rank 0's part: plan, make sure that what is planned can be read, put the record.
+
+    Whoever followed the plan of the generation right before this one needs nothing that is stored: no other could
+    have gone on meanwhile, and a snapshot of that one is of a step that all its ranks took. So a store that is slow,
+    or cannot be read at all, costs a recovery from live state nothing.
+    """
     owed = _owed(held)
-    unreadable = None
-    try:
-        entries, records = stored.entries(), _with(stored.records(), owed)
-    except PlatformError as error:
-        if not _just_left(held, generation):
-            raise
-        entries, records, unreadable = [], [], error
+    entry: str | None = None
     opened: Mapping[str, Any] = {}
-    entry = None
-    while True:
-        plan = recovery.plan(
-            world_size,
-            [h.holding for h in held],
-            entries,
-            records,
-            sharded_expected=_expected(held),
-            live_shards=True,
-        )
-        if unreadable is not None and plan.tier != "live":
-            raise unreadable
-        if plan.tier != "disk":
-            break
-        entry, opened = _first_good(plan, stored)
-        if entry is not None:
-            plan = _resuming_from(entry, plan)
-            break
-        entries = [fact for fact in entries if fact.name not in plan.entries]
+    here = [one for one in held if one.followed == generation - 1]
+    plan = _plan(world_size, here, [], [])
+    if plan.tier != "live":
+        plan, entry, opened = _plan_with_stored(world_size, held, owed, stored)
     record = plan.record(generation, entry)
     owed = write_records(stored, [*owed, record], required=plan.tier == "fresh")
     unwritten = tuple(record.to_json() for record in owed)
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
-        holders = _holders(plan, held, _shards(held)) if source.holding.sharded else ()
+        holders = _holders(plan, held, source.shards) if source.holding.sharded else ()
         return Agreement(plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten)
     if plan.tier == "disk":
         job, layouts = dict(opened["job"]), dict(opened["layouts"])
@@ -189,11 +159,33 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     return Agreement(plan, {"seed": held[0].seed, "cursors": {}}, unwritten=unwritten)
 
 
-def _just_left(held: Sequence[Held], generation: int) -> bool:
-    """Whether somebody holds the state of the generation right before this one. Then nothing that is stored can
-    be newer: no other generation could have gone on, and a snapshot of that one is of a step that this holder
-    took, too. A disk that cannot be read is not needed to go on from there."""
-    return any(one.holding.complete and one.holding.generation == generation - 1 for one in held)
+def _plan(
+    world_size: int, held: Sequence[Held], entries: list[EntryFact], records: list[GenerationRecord]
+) -> Plan:
+    shards = max((one.shards for one in held if one.holding.sharded and one.holding.complete), default=0)
+    return recovery.plan(
+        world_size,
+        [one.holding for one in held],
+        entries,
+        records,
+        sharded_expected=frozenset(f"{shard}/{shards}" for shard in range(shards)),
+        live_shards=True,
+    )
+
+
+def _plan_with_stored(
+    world_size: int, held: list[Held], owed: list[GenerationRecord], stored: Stored
+) -> tuple[Plan, str | None, Mapping[str, Any]]:
+    """With everything that the run directory knows; for a state from disk the entry that did verify, opened."""
+    entries, records = stored.entries(), _with(stored.records(), owed)
+    while True:
+        plan = _plan(world_size, held, entries, records)
+        if plan.tier != "disk":
+            return plan, None, {}
+        entry, opened = _first_good(plan, stored)
+        if entry is not None:
+            return _resuming_from(entry, plan), entry, opened
+        entries = [fact for fact in entries if fact.name not in plan.entries]
 
 
 def as_event(plan: Plan, generation: int) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def write_records(
     for done, record in enumerate(records):
         reason = "its state is not known"
         try:
-            outcome = stored.put_generation(record)
+            outcome = stored.put_generation(record, patient=required)
         except PlatformError as error:
             outcome, reason = Outcome.UNKNOWN, error.got
         if outcome is Outcome.CONFLICT:
@@ -289,6 +281,7 @@ def _held(data: dict[str, Any]) -> Held:
         tuple(data["names"]),
         data["shards"],
         tuple(data["unwritten"]),
+        data["followed"],
     )
 
 

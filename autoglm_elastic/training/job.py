@@ -282,10 +282,16 @@ class Job:
     # For the session.
 
     def finish(self, last_snapshot: bool) -> None:
-        """The function returned on all ranks: a last snapshot, if so agreed, and whatever is under way."""
+        """The function returned on all ranks: a last snapshot, if so agreed, and whatever is under way.
+
+        Raises WorldChanged when a peer dies before it is durable: the next world ends with one of its own.
+        """
         if last_snapshot:
             self._begin_snapshot({})
-        self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S)
+        if self._snapshots is None or self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S):
+            return
+        if (reason := self._session.why_broken(self.generation)) is not None:
+            raise WorldChanged(self.generation, reason)
 
     @property
     def needs_last_snapshot(self) -> bool:

@@ -243,6 +243,7 @@ class Session:
             tuple(self.state.names),
             size,
             self._unwritten,
+            self.state.followed,
         )
 
     def _begin(self, world: wire.World, agreement: Agreement) -> None:

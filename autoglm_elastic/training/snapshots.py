@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final
 
 from autoglm_elastic.core.commit import CoalescingTrigger
@@ -32,6 +33,10 @@ PREVIOUS_LIMIT_S: Final = 60.0
 SETTLE_LIMIT_S: Final = 120.0
 """A recovery that needs the disk waits so long for the keepers to finish what dead workers had staged; then it
 takes what is there."""
+
+RECORD_LIMIT_S: Final = 1.0
+"""So long a recovery from live state, and later each snapshot, waits for a lineage record to be taken; after that
+it is written beside training."""
 
 Emit = Callable[[str, dict[str, Any]], None]
 
@@ -97,6 +102,20 @@ class _Unrecorded:
         raise PlatformError(f"the record of generation {self._generation} is not written yet")
 
 
+def _beside(call: Callable[[], Outcome]) -> Future[Outcome]:
+    """In a thread that nothing waits for at the end, however long a store is silent."""
+    future: Future[Outcome] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except (ElasticError, OSError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="autoglm-record", daemon=True).start()
+    return future
+
+
 class Snapshots(Stored):
     """One generation's access to the run directory.
 
@@ -146,6 +165,7 @@ class Snapshots(Stored):
         self._begun_step = -1
         self.committed_step = -1
         self._owed: list[GenerationRecord] = []
+        self._putting: tuple[GenerationRecord, Future[Outcome]] | None = None
         self._broken = False
         self._enough = threading.Event()
         """Ends the wait under way."""
@@ -172,8 +192,16 @@ class Snapshots(Stored):
     def settle(self) -> None:
         self._line.settle(SETTLE_LIMIT_S)
 
-    def put_generation(self, record: GenerationRecord) -> Outcome:
-        return self.manager.put_generation(record)
+    def put_generation(self, record: GenerationRecord, *, patient: bool) -> Outcome:
+        if patient:
+            return self.manager.put_generation(record)
+        if self._putting is None or self._putting[0] != record:
+            self._putting = (record, _beside(lambda: self.manager.put_generation(record)))
+        future = self._putting[1]
+        if not wait([future], RECORD_LIMIT_S).done:
+            raise PlatformError(f"no answer within {RECORD_LIMIT_S:g} s")
+        self._putting = None
+        return future.result(0)
 
     def owing(self, record: GenerationRecord, reason: str) -> None:
         self._emit("generation.unrecorded", {"generation": record.number, "reason": reason})

@@ -46,12 +46,13 @@ class State:
     Attributes:
         step: committed steps; the state is that of this boundary unless `dirty`.
         generation: the one in which `step` was committed, -1 before the first.
+        followed: the one whose plan was entered last, -1 before the first.
         dirty: an optimizer has stepped since.
     """
 
     def __init__(self) -> None:
         self.step = 0
-        self.generation = -1
+        self.generation = self.followed = -1
         self.dirty = False
         self._objects: dict[str, Tracked] = {}
         self._live: dict[str, Tracked] = {}
@@ -98,6 +99,7 @@ class State:
             max(plan.step, 0),
             generation if plan.tier == "fresh" else plan.generation,
         )
+        self.followed = generation
         self.dirty = self._committed_here = False
         self._stepped.clear()
         if plan.tier != "fresh":

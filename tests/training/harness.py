@@ -27,6 +27,8 @@ import torch.distributed as dist
 from autoglm_elastic import wire
 
 LIMIT_S = 60.0
+START_LIMIT_S = 300.0
+"""Of a zygote, which imports torch: on a machine that is busy otherwise, too."""
 
 
 class Zygote:
@@ -42,8 +44,9 @@ class Zygote:
         )
         theirs.close()
         self.channel = ours
-        ours.settimeout(LIMIT_S)
+        ours.settimeout(START_LIMIT_S)
         ready = json.loads(ours.recv(65536))
+        ours.settimeout(LIMIT_S)
         assert ready["threads"] == 1, "the zygote must not have threads"
         self.exits: dict[int, int] = {}
 
@@ -92,6 +95,7 @@ class Cluster:
         first_generation: int = 0,
         launcher: bool = True,
         host: str = "127.0.0.1",
+        environ: dict[str, str] | None = None,
     ) -> None:
         self._host = host
         self.zygote = zygote
@@ -102,7 +106,7 @@ class Cluster:
         self.alive: list[Worker] = []
         self.all: list[Worker] = []
         self._stores: dict[int, Any] = {}
-        self._env = {wire.ENV_RUN_ID: "test"}
+        self._env = {wire.ENV_RUN_ID: "test"} | (environ or {})
         limits = {"recovery": {"group_timeout_s": LIMIT_S}}
         self._env[wire.ENV_SETTINGS] = json.dumps(limits | (settings or {}))
         if run_dir is not None:

@@ -348,17 +348,17 @@ def commits(value: str, calls: int = 1) -> None:
         function()
 
 
-def failing(step: int) -> None:
-    """An error of the user's own."""
+def failing(step: int, rank: int | None = None) -> None:
+    """An error of the user's own: on all ranks, or on one in the first generation only."""
 
     @elastic.run
     def function(job: elastic.Job) -> None:
         model = job.replicate(nn.Linear(4, 4))
         job.track(model=model)
-        while True:
-            model(torch.randn(2, 4)).sum().backward()
-            if job.step == step:
+        while job.step < step + 2:
+            if job.step == step and (rank is None or (job.generation, job.rank) == (0, rank)):
                 raise KeyError("the user's own")
+            model(torch.randn(2, 4)).sum().backward()
             job.commit()
 
     function()

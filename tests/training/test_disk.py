@@ -145,6 +145,22 @@ def test_a_death_waits_for_no_snapshot(zygote: Zygote, tmp_path: Path, run_dir: 
         assert len({r["digest"] for r in cluster.results()}) == 1
 
 
+def test_a_death_during_the_last_snapshot(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    """All had returned, nothing was durable: the others enter once more, and end with a snapshot."""
+    args = {"steps": 4, "held": "for good"}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(3)
+        cluster.wait_said(cluster.alive[0], leaving=4)
+        cluster.wait_said(cluster.alive[0], in_flight=True)
+        cluster.kill(cluster.alive[1])
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        results = cluster.results()
+        assert [(e["step"], e["generation"]) for e in cluster.events("snapshot.committed")] == [(4, 1)]
+    assert [(r["step"], r["entered"]) for r in results] == [(4, 2), (4, 2), (4, 1)]
+    assert len({r["digest"] for r in results}) == 1
+
+
 def mean_losses(cluster: Cluster) -> dict[int, float]:
     """Step → what the metrics should say: the mean over the samples of the newest generation's batch."""
     parts: dict[tuple[int, int], list[tuple[float, int]]] = {}

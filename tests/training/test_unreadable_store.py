@@ -20,7 +20,7 @@ class Unreadable(Stored):
     def entries(self) -> list[EntryFact]:
         raise PlatformError("listing s3://bucket/run: no answer")
 
-    def put_generation(self, record: GenerationRecord) -> Outcome:
+    def put_generation(self, record: GenerationRecord, *, patient: bool) -> Outcome:
         raise PlatformError("creating s3://bucket/run: no answer")
 
     def owing(self, record: GenerationRecord, reason: str) -> None:
@@ -35,7 +35,9 @@ def held(
     complete: bool = True,
     shard: str = "",
     unwritten: tuple[int, ...] = (),
+    followed: int | None = None,
 ) -> Held:
+    """`followed`: the plan of which generation; by default that in which the step was committed."""
     holding = Holding(
         rank=rank,
         node=f"n{rank}",
@@ -47,7 +49,8 @@ def held(
     )
     records = tuple(GenerationRecord(number, number - 1, 5, None, "live").to_json() for number in unwritten)
     shards = int(shard.partition("/")[2]) if shard else 0
-    return Held(holding, {"seed": 1, "cursors": {}}, 1, ("model",), shards, records)
+    followed = generation if followed is None else followed
+    return Held(holding, {"seed": 1, "cursors": {}}, 1, ("model",), shards, records, followed)
 
 
 def test_survivors_of_the_generation_before_go_on_and_owe_the_record() -> None:
@@ -61,6 +64,13 @@ def test_records_that_were_owed_before_are_still() -> None:
     agreement = decide(2, 4, [held(0, 3, 9, unwritten=(3,)), held(1, -1, -1, complete=False)], Unreadable())
     assert [record["number"] for record in agreement.unwritten] == [3, 4]
     assert agreement.plan.step == 9
+
+
+def test_a_generation_that_took_no_step_is_enough_when_its_plan_was_followed() -> None:
+    """A death during a recovery: the state is of an older generation, whose end the plan has settled."""
+    both = [held(0, 2, 9, followed=3), held(1, 2, 10, followed=2)]
+    plan = decide(2, 4, both, Unreadable()).plan
+    assert (plan.tier, plan.step, plan.source_rank, plan.receivers) == ("live", 9, 0, (1,))
 
 
 def test_a_state_of_an_older_generation_is_not_trusted_unread() -> None:

@@ -57,6 +57,30 @@ def test_without_a_launcher_each_call_is_a_training_of_its_own(zygote: Zygote, t
         assert [s["steps"] for s in cluster.alive[0].said] == [1, 1]
 
 
+def test_under_a_launcher_a_second_call_is_refused(zygote: Zygote, tmp_path: Path) -> None:
+    with Cluster(zygote, tmp_path, "commits", {"value": "number", "calls": 2}) as cluster:
+        cluster.start(1)
+        cluster.wait_exits(code=1)
+        assert [s["steps"] for s in cluster.alive[0].said] == [1]
+        last = cluster.logs().splitlines()[-1]
+        assert "elastic.run was called again" in last
+        assert "put what comes after it into the same function" in last
+
+
+def test_an_error_of_one_rank_frees_the_others(zygote: Zygote, tmp_path: Path) -> None:
+    """They wait in a collective for a rank that will not come, and are not taken for the cause."""
+    with Cluster(zygote, tmp_path, "failing", {"step": 2, "rank": 1}) as cluster:
+        cluster.start(3)
+        failed = cluster.alive[1]
+        cluster.wait(lambda: failed.pid in zygote.exits, "end of the rank with the error")
+        assert zygote.exits[failed.pid] == 1
+        assert "the user's own" in failed.log.read_text()
+        cluster.dead(failed)
+        cluster.reform(add=1)
+        cluster.wait_exits()
+        assert {(r.tier, r.from_step) for r in cluster.resumed(1)} == {("live", 2)}
+
+
 def test_an_error_of_the_users_own_ends_the_worker(zygote: Zygote, tmp_path: Path) -> None:
     with Cluster(zygote, tmp_path, "failing", {"step": 2}) as cluster:
         cluster.start(2)
