@@ -30,6 +30,9 @@ LIMIT_S = 60.0
 START_LIMIT_S = 300.0
 """Of a zygote, which imports torch: on a machine that is busy otherwise, too."""
 
+KEEPER_LINGER_S = 1.0
+"""No keeper outlives the tests."""
+
 
 class Zygote:
     """One per test session."""
@@ -107,7 +110,7 @@ class Cluster:
         self.all: list[Worker] = []
         self._stores: dict[int, Any] = {}
         self._env = {wire.ENV_RUN_ID: "test"} | (environ or {})
-        limits = {"recovery": {"group_timeout_s": LIMIT_S}}
+        limits = {"recovery": {"group_timeout_s": LIMIT_S}, "keeper": {"linger_s": KEEPER_LINGER_S}}
         self._env[wire.ENV_SETTINGS] = json.dumps(limits | (settings or {}))
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
