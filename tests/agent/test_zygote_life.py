@@ -109,6 +109,22 @@ def test_workers_end_with_a_killed_zygote_and_a_new_one_takes_its_place(
     assert again.wait().returncode == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_to_every_process_of_a_job_are_the_agents(
+    launcher: Launcher, pipe: Pipe, number: signal.Signals
+) -> None:
+    """The zygote, and with it the workers, survives them; a worker does what a fresh interpreter would."""
+    zygote = launcher.ready()
+    os.kill(zygote, number)
+    assert launcher.run(python(str(SCRIPTS / "endings.py"), "exit_3")).returncode == 3
+    worker = launcher.spawn(python(str(SCRIPTS / "waits.py")), stdout=pipe.path)
+    child = int(pipe.read_line().split()[1])
+    os.kill(worker.pid, number)
+    assert launcher.tell(op="wait", pid=worker.pid)["returncode"] == -number
+    os.kill(child, signal.SIGKILL)
+    assert launcher.ready() == zygote
+
+
 def test_what_the_zygote_is(launcher: Launcher, pipe: Pipe) -> None:
     """One thread, nothing of the agent's but stdout and stderr, and most of its memory shared with its workers."""
     process = psutil.Process(launcher.ready())

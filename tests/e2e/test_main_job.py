@@ -8,6 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 from job import SCRIPTS, Job
 
@@ -128,6 +129,32 @@ def test_sigterm_commits_a_snapshot_and_the_same_command_resumes(
         assert job.wait() == 0, job.output()
     assert job.steps() == list(range(left_at + 1, 41))
     assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+def test_a_signal_to_every_process_of_the_job_commits_a_snapshot(run_dir: Path) -> None:
+    """As Slurm signals a step: not only the agent and the workers get it, but also the zygote and the keeper."""
+    command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN)
+    with Job(*command, "--steps=100000", "--pause-s=0.05", "--snapshot-every=5") as job:
+        job.wait_for(lambda line: line.get("step") == 10)
+        agent = psutil.Process(job.process.pid)
+        keepers = [process for process in psutil.process_iter() if is_keeper_of(process, run_dir)]
+        everybody = [agent, *agent.children(recursive=True), *keepers]
+        assert len(keepers) == 1
+        assert len(everybody) == 5, "agent, zygote, two workers, keeper"
+        for process in everybody:
+            process.send_signal(signal.SIGUSR1)
+        assert job.wait() == 75, job.output()
+        assert len(job.steps()) < 100000
+    newest = max(int(path.name.partition("-")[0]) for path in (run_dir / "catalog").glob("*.json"))
+    assert newest == max(job.steps())
+
+
+def is_keeper_of(process: psutil.Process, run_dir: Path) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return "autoglm_elastic.keeper" in words and any(str(run_dir) in word for word in words)
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "fsdp2"])

@@ -140,9 +140,11 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def start_again(self, job: int, *, minutes: int) -> None:
-        """A job that was queued again, with another time limit, now: Slurm would let it wait for two minutes."""
+        """A job that was queued again, with another time limit, soon: Slurm would let it wait for two minutes.
+
+        Not at once: a node refuses a job that it was told to end in the same second."""
         self.until("the job is queued again", lambda: self.state(job) == "PENDING")
-        self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}", "StartTime=now")
+        self.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}", "StartTime=now+3")
 
     def tell(self, *command: str, **environment: str) -> str:
         done = subprocess.run(
