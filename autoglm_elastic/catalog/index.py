@@ -138,6 +138,14 @@ class Catalog:
         except ElasticError:
             return None
 
+    def confirm(self, name: str) -> bool:
+        """An entry that somebody else has put is durable when this returns True: putting it again waits for its name.
+        False when there is none, or nobody can tell. Raises ElasticError."""
+        entry = self.look(name)
+        if entry is None:
+            return False
+        return self._blobs.put_if_absent(fmt.entry_path(name), fmt.encode(entry)) is not Outcome.UNKNOWN
+
     def move_hints(self) -> bool:
         """HEAD and `latest` show the newest entry of the lineage. False when that failed: nobody depends on
         it."""

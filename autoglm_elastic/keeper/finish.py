@@ -55,6 +55,8 @@ class Finisher:
             if records.ranks(self._blobs, snapshot.entry) != list(range(world_size)):
                 return Fate.WAITING, "the records of other ranks are not there"
             fate, reason = self._decide(snapshot, world_size)
+        elif fate is Fate.COMMITTED and not self._catalog.confirm(snapshot.entry):
+            return Fate.WAITING, "the entry that another one put was not confirmed to be durable"
         else:
             reason = ""
         if fate is not Fate.ABORTED:
@@ -102,7 +104,7 @@ class Finisher:
         verdict, reason = verdicts[0] if verdicts else (Verdict.UNKNOWN, "nothing was decided")
         if verdict is Verdict.UNKNOWN:
             with contextlib.suppress(ElasticError):
-                if snapshot.entry in self._catalog.names():  # another one was faster
+                if self._catalog.confirm(snapshot.entry):  # another one was faster
                     verdict = Verdict.COMMIT
         if verdict is Verdict.COMMIT:
             return Fate.COMMITTED, ""

@@ -322,25 +322,27 @@ class LocalBlobs:
         return LocalPending(self, head)
 
     def put_if_absent(self, name: str, data: bytes) -> Outcome:
-        """OK, CONFLICT, or UNKNOWN when the name may be there but not durably: read to settle it."""
+        """OK, or CONFLICT (the name is durable then, too), or UNKNOWN when it may be there but not durably: read to
+        settle it."""
         target = self.path(name)
         pending = self._synced(data)
         try:
             self.ensure_parent(name)
             self.files.link(pending.path, target)
+            outcome = Outcome.OK
         except FileExistsError:
-            return Outcome.CONFLICT
+            outcome = Outcome.CONFLICT
         except OSError as error:
             if error.errno == errno.EIO:
                 return Outcome.UNKNOWN
             raise platform_error(error, "creating", target) from error
         finally:
             pending.discard()
-        try:
+        try:  # also what somebody else has put: he may not have come to it yet
             self.files.fsync_directory(os.path.dirname(target))
         except OSError:
             return Outcome.UNKNOWN
-        return Outcome.OK
+        return outcome
 
     def replace(self, name: str, data: bytes) -> None:
         target = self.path(name)
