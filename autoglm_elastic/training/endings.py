@@ -1,13 +1,13 @@
-"""What an exception that left the user's function says about the world, and letting go of what it holds.
-
-Looks at exceptions only.
-"""
+"""What an exception that left the user's function says about the world, telling the launcher of it, and letting go of
+what it holds."""
 
 from __future__ import annotations
 
+import os
 import traceback
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from autoglm_elastic.errors import PlatformError
 
@@ -20,6 +20,12 @@ def is_collective(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def record(error: Exception) -> None:
+    """For the launcher's summary, as torch's `@record` does: it names the error, not only an exit code."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 def forget(error: BaseException) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
+from autoglm_elastic.training import endings
 from autoglm_elastic.training.job import Job
 from autoglm_elastic.training.outcomes import MisuseError
 from autoglm_elastic.training.session import Session
@@ -34,6 +35,9 @@ def run(function: Callable[Concatenate[Job, P], T]) -> Callable[P, T]:
         _inside = True
         try:
             return _session.execute(function, args, kwargs)
+        except Exception as error:
+            endings.record(error)
+            raise
         finally:
             _inside = False
 

@@ -111,7 +111,9 @@ def test_a_users_own_error_ends_the_job_after_its_budget_and_is_named() -> None:
         "--standalone", "--nproc-per-node=2", "--set", "restart.max_failures=2", TRAIN, "--raise-step=5"
     ) as job:
         assert job.wait() == 1
-    assert "the user's own mistake" in job.output()
+    verdicts = [line for line in job.text if "failures without a new committed step" in line]
+    assert len(verdicts) == 1
+    assert "the user's own mistake" in verdicts[0]
     assert len([line for line in job.reports if line.get("rank") == 0 and "entered" in line]) == 3
 
 
