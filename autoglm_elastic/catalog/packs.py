@@ -4,11 +4,15 @@ A pack is planned before its data exist, since sizes are known: the header is la
 digests of its chunks, the data begin at a multiple of ALIGNMENT (so that they can be written past the page
 cache), and the digests are filled in when the data were hashed. The file is named by the SHA-256 of its
 header, which holds the SHA-256 of every chunk: the name vouches for every byte, and the bytes are hashed
-once, in parallel."""
+once, in parallel.
+
+No two packs have the same name, even with the same data, since the header holds a random number: a snapshot that
+is taken back can never take a file that another one counts on."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +34,10 @@ DIGEST_CHARS: Final = 32 + 64
 _LENGTH: Final = struct.Struct("<Q")
 _KIND: Final = f"pack {limits.FORMAT_VERSION}"
 _DIGESTS_KEY: Final = b'"digests":"'
+_NONCE_CHARS: Final = 32
+_NONCE_BEFORE: Final = _NONCE_CHARS + len(b'",') + len(_DIGESTS_KEY)
+"""So far before the digests the nonce begins."""
+DIGESTS_AT_MIN: Final = _LENGTH.size + _NONCE_BEFORE
 _METADATA: Final = "__metadata__"
 
 
@@ -85,7 +93,9 @@ def plan_packs(parts: Iterable[P]) -> list[PackPlan[P]]:
 
 def _plan(parts: Sequence[P]) -> PackPlan[P]:
     digests = "0" * (DIGEST_CHARS * len(parts))
-    header: dict[str, Any] = {_METADATA: {"format": "pt", "autoglm": _KIND, "digests": digests}}
+    nonce = "0" * _NONCE_CHARS
+    metadata = {"format": "pt", "autoglm": _KIND, "nonce": nonce, "digests": digests}
+    header: dict[str, Any] = {_METADATA: metadata}
     starts = []
     at = 0
     for part in parts:
@@ -111,9 +121,13 @@ def chunk_digest(data: memoryview) -> bytes:
 
 
 def fill(head: bytes, digests_at: int, digests: bytes) -> tuple[bytes, str]:
-    """The head with its digests, and the name (SHA-256) that the pack gets by it."""
-    filled = head[:digests_at] + digests + head[digests_at + len(digests) :]
-    return filled, hashlib.sha256(filled).hexdigest()
+    """The head with a nonce and its digests, and the name (SHA-256) that the pack gets by it: a new one at every
+    call."""
+    filled = bytearray(head)
+    nonce_at = digests_at - _NONCE_BEFORE
+    filled[nonce_at : nonce_at + _NONCE_CHARS] = secrets.token_hex(_NONCE_CHARS // 2).encode()
+    filled[digests_at : digests_at + len(digests)] = digests
+    return bytes(filled), hashlib.sha256(filled).hexdigest()
 
 
 Digest = xxhash.xxh3_128
@@ -125,6 +139,7 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     format: str | None = None
     autoglm: str | None = None
+    nonce: str | None = None
     digests: str | None = None
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
@@ -191,6 +206,7 @@ def _rows(header: dict[str, _Row], base: int) -> list[HeaderRow]:
         metadata is None
         or metadata.autoglm != _KIND
         or metadata.digests is None
+        or len(metadata.nonce or "") != _NONCE_CHARS
         or metadata.shape is not None
     ):
         raise ValueError("its metadata are not those of a pack")

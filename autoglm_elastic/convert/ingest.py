@@ -17,8 +17,8 @@ from autoglm_elastic.catalog.dtypes import BY_NAME, DType
 from autoglm_elastic.catalog.format import Box
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.merge import structure_digest
+from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.catalog.rollback import next_generation
-from autoglm_elastic.catalog.write import remove
 from autoglm_elastic.convert._select import OnBytes
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
 from autoglm_elastic.core.lineage import GenerationRecord
@@ -76,7 +76,7 @@ def ingest(
                 written.append(pack)
         cover = fmt.cover((one.name, fmt.elements(one.box[1])) for one in parts)
         digest = structure_digest(source.structure)
-        prepared = fmt.Prepared(packs=_distinct(written), structure=digest, cover=cover)
+        prepared = fmt.Prepared(packs=tuple(written), structure=digest, cover=cover)
         _commit(blobs, catalog, snapshot, prepared, source, tuple(tags), wall)
     except BaseException:
         if snapshot.entry not in catalog.names():
@@ -159,7 +159,3 @@ def _write(blobs: StreamBlobs, source: Source, plan: packs.PackPlan[_Part], on_b
         pending.discard()
         raise
     return fmt.Pack(sha256, len(head) + plan.nbytes, len(head), 0)
-
-
-def _distinct(written: Sequence[fmt.Pack]) -> tuple[fmt.Pack, ...]:
-    return tuple({pack.sha256: pack for pack in written}.values())

@@ -14,7 +14,7 @@ from autoglm_elastic.catalog import failpoints
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import prepared as records
 from autoglm_elastic.catalog.failpoints import Failpoints
-from autoglm_elastic.catalog.write import remove
+from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import PlatformError, UsageError
@@ -174,7 +174,7 @@ class InProcess:
 
     def _take_back(self, job: _Job, result: Result) -> None:
         del job
-        remove(self._blobs, result.created)
+        remove(self._blobs, result.names)
 
     def _finish(self, job: _Job, result: Result) -> None:
         where = f"rank {job.rank}"

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from autoglm_elastic.catalog import limits
-from autoglm_elastic.catalog.packs import ALIGNMENT, DIGEST_CHARS
+from autoglm_elastic.catalog.packs import ALIGNMENT, DIGEST_CHARS, DIGESTS_AT_MIN
 from autoglm_elastic.core.commit import Snapshot
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.keeper.messages import PACKS_MAX, SPANS_MAX
@@ -63,7 +63,7 @@ def check_layout(packs: Layout, segment_nbytes: int) -> None:
             pack.start >= free_from
             and pack.start % ALIGNMENT == 0
             and _SMALLEST_HEAD <= pack.head_nbytes <= min(pack.nbytes, limits.HEADER_BYTES_MAX + 8)
-            and pack.digests_at >= 8
+            and pack.digests_at >= DIGESTS_AT_MIN
             and digests_end <= pack.head_nbytes
             and pack.start + pack.nbytes <= segment_nbytes
         )

@@ -14,7 +14,7 @@ import msgspec
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import prepared as records
 from autoglm_elastic.catalog.failpoints import Failpoints
-from autoglm_elastic.catalog.write import remove
+from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.keeper import messages
 from autoglm_elastic.keeper.connections import Client
@@ -158,7 +158,7 @@ class Jobs:
         """In a thread."""
         try:
             if job.result is not None:
-                remove(self._blobs, job.result.created)
+                remove(self._blobs, job.result.names)
         finally:
             self._post(lambda: self._over(job))
 

@@ -18,7 +18,7 @@ import xxhash
 from autoglm_elastic.catalog import packs as pack_format
 from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.format import Pack, pack_path
-from autoglm_elastic.catalog.write import WRITE_ATTEMPTS, exists, remove
+from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper.job import Layout, PackImage
 from autoglm_elastic.keeper.messages import one_line
@@ -27,6 +27,8 @@ from autoglm_elastic.storage import SyncFailed
 
 FILES_IN_FLIGHT: Final = 4
 HASH_THREADS: Final = min(4, os.cpu_count() or 1)
+WRITE_ATTEMPTS: Final = 2
+"""A pack whose fsync failed is written anew under another name, once."""
 HASH_S: Final = 600.0
 """How long a file waits for the digests of its chunks: hashing runs at hundreds of MB/s, at low priority."""
 WRITE_BYTES: Final = 16 << 20
@@ -43,11 +45,15 @@ class Abandoned(ElasticError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`reason`: "" when every pack is durable. `created`: names of the packs that were not there before."""
+    """`reason`: "" when every pack is durable."""
 
     packs: tuple[Pack, ...] = ()
-    created: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files, which nobody else counts on: to take the snapshot back."""
+        return [pack_path(pack.sha256) for pack in self.packs]
 
 
 @dataclass(slots=True)
@@ -62,7 +68,6 @@ class Work:
     lock: threading.Lock = field(default_factory=threading.Lock)
     left: int = 0
     packs: dict[int, Pack] = field(default_factory=dict)
-    created: list[str] = field(default_factory=list)
     reason: str = ""
 
 
@@ -102,32 +107,28 @@ class Writer:
             if work.left:
                 return
         if work.stop.is_set():
-            remove(self._blobs, work.created)
+            remove(self._blobs, (pack_path(pack.sha256) for pack in work.packs.values()))
             work.on_done(Result(reason=work.reason or "the snapshot was given up"))
         else:
             packs = tuple(work.packs[number] for number in range(len(work.layout)))
-            work.on_done(Result(packs, tuple(work.created)))
+            work.on_done(Result(packs))
 
     def _pack(self, work: Work, number: int, image: PackImage) -> None:
         data = work.view[image.start : image.start + image.nbytes]
         hashing = [self._hashers.submit(_digests, data, spans, work.stop) for spans in _groups(image.spans)]
         for attempt in range(1, WRITE_ATTEMPTS + 1):
             try:
-                pack, created = self._write(work, image, data, hashing)
+                pack = self._write(work, image, data, hashing)
                 break
             except SyncFailed:
                 if attempt == WRITE_ATTEMPTS:
                     raise
         with work.lock:
             work.packs[number] = pack
-            if created:
-                work.created.append(pack_path(pack.sha256))
         self._failpoint("pack_written")
 
-    def _write(
-        self, work: Work, image: PackImage, data: memoryview, hashing: list[Future[bytes]]
-    ) -> tuple[Pack, bool]:
-        """The pack, and whether it was not there. Raises ElasticError; nothing is left behind then."""
+    def _write(self, work: Work, image: PackImage, data: memoryview, hashing: list[Future[bytes]]) -> Pack:
+        """Raises ElasticError; nothing is left behind then."""
         pending = self._blobs.create(head=image.head_nbytes)
         try:
             for begin in range(image.head_nbytes, image.nbytes, WRITE_BYTES):
@@ -139,19 +140,16 @@ class Writer:
             except TimeoutError as error:
                 raise PlatformError(f"hashing a pack took more than {HASH_S} s") from error
             head, sha256 = pack_format.fill(bytes(data[: image.head_nbytes]), image.digests_at, digests)
-            name = pack_path(sha256)
-            created = not exists(self._blobs, name)
         except BaseException:
             pending.discard()
             raise
         try:
-            pending.publish(name, head)
+            pending.publish(pack_path(sha256), head)
         except BaseException:
             pending.discard()
-            if created:
-                remove(self._blobs, [name])
+            remove(self._blobs, [pack_path(sha256)])
             raise
-        return Pack(sha256, image.nbytes, image.head_nbytes, work.rank), created
+        return Pack(sha256, image.nbytes, image.head_nbytes, work.rank)
 
 
 def _groups(spans: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[int, int], ...]]:
