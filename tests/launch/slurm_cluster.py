@@ -106,7 +106,7 @@ class Slurm:
         steps = [
             process
             for process in psutil.process_iter()
-            if self._is_mine(process) and process.environ().get("SLURMD_NODENAME") == node
+            if self._is_mine(process) and f"SLURMD_NODENAME={node}" in _variables(process)
         ]
         stepds = [step.parent() for step in steps]
         for process in (daemon, *stepds, *steps):
@@ -182,12 +182,16 @@ class Slurm:
             )
 
     def _is_mine(self, process: psutil.Process) -> bool:
-        try:
-            return process.pid != os.getpid() and process.environ().get("SLURM_CONF") == str(
-                self.folder / "slurm.conf"
-            )
-        except psutil.Error:
-            return False
+        return process.pid != os.getpid() and f"SLURM_CONF={self.folder}/slurm.conf" in _variables(process)
+
+
+def _variables(process: psutil.Process) -> list[str]:
+    """slurmstepd writes a title over the beginning of its environment, where psutil stops reading."""
+    try:
+        data = Path(f"/proc/{process.pid}/environ").read_bytes()
+    except OSError:
+        return []
+    return data.decode(errors="replace").split("\0")
 
 
 def _quietly(action: Callable[[], object]) -> None:
