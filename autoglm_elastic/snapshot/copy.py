@@ -3,7 +3,8 @@ change them.
 
 The rest is copied in pieces by a thread and, when training has to wait for it, by the training thread too. The
 interpreter's lock is not held during a piece. What is copied late must not change before: the versions that
-torch counts are compared, so that an early change is an error and never a torn snapshot."""
+torch counts are compared, and samples of what the host copies, so that an early change is an error and not a
+torn snapshot."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.snapshot.cuda import DeviceCopies
+from autoglm_elastic.snapshot.samples import Samples
 
 PIECE_BYTES: Final = 64 << 20
 """Copied in one call: a few milliseconds, after which a copy can be given up."""
@@ -39,7 +41,7 @@ class Copy:
     Args:
         now: copied when this returns.
         later: copied by `help`.
-        guarded: tensors that `later` reads and nobody may change meanwhile.
+        guarded: tensors that share the memory which `later` reads and nobody may change meanwhile.
     """
 
     def __init__(self, now: Sequence[Pair], later: Sequence[Pair], guarded: Iterable[torch.Tensor]) -> None:
@@ -47,6 +49,7 @@ class Copy:
         self._lock = threading.Lock()
         now_host, now_device = _split(now)
         later_host, later_device = _split(later)
+        self._samples = Samples([pair[1] for pair in later_host])
         self._devices = [DeviceCopies(pairs) for pairs in (now_device, later_device) if pairs]
         if now_device:
             self._devices[0].order()
@@ -126,11 +129,11 @@ class Copy:
     def _check(self) -> None:
         """Once, before anybody may change what was copied."""
         with self._lock:
-            changed = sum(tensor._version != version for tensor, version in self._guarded)
+            counted = sum(tensor._version != version for tensor, version in self._guarded)
             self._guarded = []
-            if changed and self._error is None:
+            if (self._samples.changed() or counted) and self._error is None:
                 self._error = ChangedEarly(
-                    f"{changed} tensors changed while they were copied, before an optimizer's step",
+                    f"{counted or 'some'} tensors changed while they were copied, before an optimizer's step",
                     do="call Handle.wait_staged first, or leave their optimizer out; "
                     "from now on everything is copied at once",
                 )

@@ -185,7 +185,11 @@ class Stager:
         numbers = [part.source in late for part in self._images.parts]
         now = [pair for pair, is_late in zip(pairs, numbers, strict=True) if not is_late]
         later = [pair for pair, is_late in zip(pairs, numbers, strict=True) if is_late]
-        return Copy(now, later, (taken.tensors[number] for number in late))
+        guarded = [taken.tensors[number] for number in late]
+        if any(isinstance(tensor, DTensor) for tensor in guarded):
+            # A DTensor's alias counts what is done to the other as a whole, not what is done to its local part.
+            guarded += [tensor for tensor in _owned(optimizers) if can_guard(tensor)]
+        return Copy(now, later, guarded)
 
     def _belonging(self, taken: Taken, optimizers: Sequence[Optimizer]) -> frozenset[int]:
         """Numbers of the tensors that only a step of `optimizers` changes."""
@@ -234,7 +238,13 @@ class Stager:
 
 
 def _places(optimizers: Sequence[Optimizer]) -> set[tuple[int, int]]:
-    """(address, bytes) where the parameters of optimizers and what they keep for each of them lie."""
+    """(address, bytes) where `_owned` lies."""
+    local = (one._local_tensor if isinstance(one, DTensor) else one for one in _owned(optimizers))
+    return {(one.data_ptr(), one.nbytes) for one in local if one.layout is torch.strided and one.numel()}
+
+
+def _owned(optimizers: Sequence[Optimizer]) -> list[torch.Tensor]:
+    """The parameters of optimizers and what they keep for each of them."""
     tensors: list[torch.Tensor] = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -242,5 +252,4 @@ def _places(optimizers: Sequence[Optimizer]) -> set[tuple[int, int]]:
         for entry in optimizer.state.values():
             if isinstance(entry, Mapping):
                 tensors.extend(value for value in entry.values() if isinstance(value, torch.Tensor))
-    local = (one._local_tensor if isinstance(one, DTensor) else one for one in tensors)
-    return {(one.data_ptr(), one.nbytes) for one in local if one.layout is torch.strided and one.numel()}
+    return tensors

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from autoglm_elastic.catalog import limits
@@ -24,6 +27,8 @@ from autoglm_elastic.snapshot import (
     SafetensorsReader,
     SafetensorsWriter,
 )
+from autoglm_elastic.snapshot import copy as copying
+from autoglm_elastic.snapshot.staging import Staging
 
 WAIT_S = 30.0
 ROWS, COLUMNS = 7, 5
@@ -173,6 +178,128 @@ def kill(world: World, *, rank: int, point: str, step: int) -> Any:
     second = manager.save(step + 1, {"a": torch.full((64,), step + 1.0)}, agreed=True).wait(WAIT_S)
     closed = manager.close(WAIT_S)
     return [second.committed, second.reason, closed]
+
+
+def kill_staged(world: World, *, step: int) -> Any:
+    """Step `step` commits. All ranks are killed when the next snapshot is staged and the keeper has it, before any
+    vote."""
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(world.scratch / "store"), world.size),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    manager = world.manager()
+    if not manager.save(step, kept_whole(step)).wait(WAIT_S).committed:
+        raise AssertionError(f"step {step} failed")
+    staged, hand_over = threading.Event(), Staging.hand_over
+
+    def stop_behind(staging: Staging) -> None:
+        hand_over(staging)
+        staged.set()
+        threading.Event().wait()
+
+    Staging.hand_over = stop_behind  # type: ignore[method-assign]
+    Staging.prepared = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+    manager.save(step + 1, kept_whole(step + 1), agreed=True)
+    if not staged.wait(WAIT_S):
+        raise AssertionError("not staged")
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kept_whole(step: int) -> dict[str, Any]:
+    """A state of which every value tells its step; large enough to be written by all ranks."""
+    return {"a": torch.full((1 << 19,), float(step)), "b": torch.full((30,), step), "step": step}
+
+
+CHANGES: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "whole": lambda parameters: parameters[0].add_(1),
+    "alias": lambda parameters: parameters[0].detach().add_(1),
+    "local": lambda parameters: parameters[0].to_local().add_(1),  # type: ignore[attr-defined]
+    "foreach": lambda parameters: torch._foreach_add_(parameters, 1),
+    "data": lambda parameters: parameters[0].data.to_local().add_(1),  # type: ignore[attr-defined]
+}
+
+
+def sharded(world: World, *, runs: list[tuple[dict[str, Any], str]]) -> Any:
+    """Snapshots of FSDP2, one for each of `runs`: AdamW's options, and the change that is made right after the save,
+    "" for nothing but the optimizer's step."""
+    with world.group():
+        return [_sharded(world, 10 * number, *run) for number, run in enumerate(runs)]
+
+
+def _sharded(world: World, step: int, options: dict[str, Any], change: str) -> Any:
+    """The copy of the shards stands still until the training thread takes part in it or has made the change."""
+    mesh = mesh_of(world, [world.size])
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    optim = torch.optim.AdamW(net.parameters(), lr=0.1, **options)
+
+    def backward() -> None:
+        optim.zero_grad()
+        net(torch.randn(4, 6)).square().mean().backward()
+
+    backward()
+    optim.step()
+    state = {"net": net.state_dict(), "optim": optim.state_dict()["state"]}
+    expected = full(state)
+    with world.manager() as manager, held_copies() as (saved, go):
+        first = manager.save(step, state, optimizers=[optim])
+        saved.set()
+        if change:
+            with torch.no_grad():
+                CHANGES[change](list(net.parameters()))
+            go.set()
+        else:
+            backward()
+            if go.is_set():
+                raise AssertionError("nothing was left to copy")
+            optim.step()
+        result = first.wait(WAIT_S)
+        changed = not same(full(state), expected)
+        if change:
+            expected = full(state)
+            if not manager.save(step + 1, state, optimizers=[optim]).wait(WAIT_S).committed:
+                raise AssertionError("the next one failed too")
+        stored: dict[str, Any] = {}
+        manager.load(stored)
+        dist.barrier()
+        return [result.committed, result.reason, same(stored, expected), changed]
+
+
+@contextmanager
+def held_copies() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """(to be set after the save, lets the copying thread go; another thread's copy after the save does so too)."""
+    saved, go, copy = threading.Event(), threading.Event(), copying._copy
+
+    def held(piece: list[Any]) -> None:
+        if threading.current_thread().name == "autoglm-snapshot-copy":
+            go.wait(WAIT_S)
+        copy(piece)
+        if saved.is_set():
+            go.set()
+
+    copying._copy, copying.PIECE_TENSORS = held, 2  # type: ignore[misc]
+    try:
+        yield saved, go
+    finally:
+        copying._copy = copy
+        go.set()
+
+
+def full(value: Any) -> Any:
+    """A copy of a state, its tensors whole."""
+    if isinstance(value, dict):
+        return {key: full(item) for key, item in value.items()}
+    return value.detach().full_tensor().clone() if isinstance(value, DTensor) else value.detach().clone()
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(item, other[key]) for key, item in one.items())
+    return torch.equal(one, other)
 
 
 def dcp_round(

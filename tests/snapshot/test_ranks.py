@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from autoglm_elastic.snapshot import CheckpointManager
+from autoglm_elastic.snapshot import CheckpointManager, Line
+from tests.snapshot.cases import CHANGES
 from tests.snapshot.ranks import Ranks
 
 KILLED = -9
@@ -105,6 +108,32 @@ def test_states_that_do_not_fit_together_abort(ranks: Ranks, tmp_path: Path, how
         assert not committed
         assert says in reason
         assert next_committed
+
+
+def test_shards_that_are_copied_late_are_of_the_boundary_or_an_error(ranks: Ranks, tmp_path: Path) -> None:
+    foreach, fused = {"foreach": True}, {"fused": True}
+    runs: list[tuple[dict[str, bool], str]] = [(foreach, ""), (fused, "")]
+    runs += [(foreach, change) for change in CHANGES]
+    for results in ranks.values("sharded", 2, tmp_path, runs=runs):
+        for (_, change), (committed, reason, stored_right, changed) in zip(runs, results, strict=True):
+            assert changed
+            assert stored_right
+            assert committed == (not change), reason
+            assert committed or "changed while they were copied" in reason
+
+
+def test_staged_everywhere_and_killed_is_committed(ranks: Ranks, tmp_path: Path) -> None:
+    outcomes = ranks.run("kill_staged", 2, tmp_path, step=1)
+    assert [one.status for one in outcomes] == [KILLED] * 2, outcomes
+    with contextlib.closing(Line(tmp_path / "run")) as line:
+        assert line.settle(60.0)
+        with CheckpointManager(tmp_path / "run", line=line) as manager:
+            newest = manager.newest_verified()
+            assert newest is not None
+            assert newest.step == 2
+            loaded: dict[str, Any] = {}
+            manager.load(loaded)
+            assert {*loaded["a"].unique().tolist(), *loaded["b"].unique().tolist(), loaded["step"]} == {2}
 
 
 OLD, NEW = False, True

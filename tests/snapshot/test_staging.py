@@ -125,6 +125,32 @@ def test_late_copies_are_of_the_boundary(run_dir: Path, held: threading.Event, n
             assert bits(loaded(manager, entry)) == expected[entry.step]
 
 
+def test_a_step_that_is_skipped_copies_nothing_early(run_dir: Path, held: threading.Event) -> None:
+    net = net_of()
+    optim = torch.optim.AdamW(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def scaled_step(factor: float) -> None:
+        optim.zero_grad()
+        scaler.scale(net(torch.randn(8, 5)).square().mean() * factor).backward()
+        scaler.step(optim)
+        scaler.update()
+
+    scaled_step(1)
+    state = {"net": dict(net.named_parameters()), "optim": optim.state_dict(), "scaler": scaler.state_dict()}
+    expected = bits(frozen(state))
+    with CheckpointManager(run_dir) as manager:
+        handle = manager.save(1, state, optimizers=[optim])
+        scaled_step(float("inf"))
+        assert not held.is_set(), "something is left to copy"
+        assert bits(dict(net.named_parameters())) == expected["net"]
+        scaled_step(1)
+        assert held.is_set()
+        assert handle.wait(WAIT_S).committed, handle.wait(0).reason
+        assert bits(loaded(manager, manager.entries()[-1])) == expected
+        assert bits(dict(net.named_parameters())) != expected["net"]
+
+
 def test_two_in_flight_keep_their_own_bytes(run_dir: Path) -> None:
     reached, go = threading.Event(), threading.Event()
 
