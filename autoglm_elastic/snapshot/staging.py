@@ -27,6 +27,7 @@ from autoglm_elastic.snapshot.copy import ChangedEarly, Copy, can_guard
 from autoglm_elastic.snapshot.cuda import Pinned
 from autoglm_elastic.snapshot.layout import Layout, Taken
 from autoglm_elastic.snapshot.line import Line
+from autoglm_elastic.snapshot.pauses import collection_paused
 from autoglm_elastic.snapshot.stage import Images
 
 COPY_S: Final = 60.0
@@ -164,8 +165,9 @@ class Stager:
     def _lay_out(self, state: Mapping[str, Any]) -> Taken:
         self._deferred = None
         self._layout = None
-        layout = Layout(state, self._rank, self._world_size)
-        self._images = Images(layout.parts)
+        with collection_paused():
+            layout = Layout(state, self._rank, self._world_size)
+            self._images = Images(layout.parts)
         self._layout = layout
         taken = layout.first()
         self._on_device = any(tensor.is_cuda for tensor in taken.local)

@@ -362,8 +362,8 @@ class Job:
     def _begin_snapshot(self, metrics: dict[str, Any]) -> None:
         if self._snapshots is None:
             return
-        state = self._state.snapshot()
-        state[OURS] = {"job": self.describe(), "layouts": self._state.layouts()}
+        state, layouts = self._state.snapshot()
+        state[OURS] = {"job": self.describe(), "layouts": layouts}
         numbers = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
         handle = self._snapshots.begin(self.step, state, numbers, self._state.optimizers)
         if self._snapshot_wanted is not None:

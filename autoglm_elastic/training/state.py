@@ -221,14 +221,12 @@ class State:
         for tracked in new.values():
             tracked.shadow()
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state as a nested dict of tensors, for people and other tools: name → tensors by their own
-        names."""
-        return {name: _by_name(*tracked.capture()) for name, tracked in self._objects.items()}
-
-    def layouts(self) -> dict[str, Layout]:
-        """JSON from which a process that has none of the tensors can prepare them."""
-        return {name: tracked.capture()[0] for name, tracked in self._objects.items()}
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Layout]]:
+        """(the state as a nested dict of tensors, for people and other tools: name → tensors by their own names;
+        JSON from which a process that has none of the tensors can prepare them)."""
+        captured = {name: tracked.capture() for name, tracked in self._objects.items()}
+        state = {name: _by_name(*one) for name, one in captured.items()}
+        return state, {name: layout for name, (layout, _) in captured.items()}
 
     def _wrap(self, objects: Mapping[str, Any]) -> dict[str, Tracked]:
         known: dict[Tensor, str] = {}
