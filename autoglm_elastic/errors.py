@@ -72,3 +72,8 @@ class FencedError(ElasticError):
     """Something of a stale generation tried to change shared state."""
 
     fault = Fault.PLATFORM
+
+
+def in_one_line(error: BaseException) -> str:
+    """Its text; what it quotes of hostile input may bring line ends."""
+    return " ".join(str(error).split())

@@ -19,7 +19,7 @@ import msgspec
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.dtypes import BY_NAME
 from autoglm_elastic.core.lineage import GenerationRecord, entry_name, parse_entry_name
-from autoglm_elastic.errors import CorruptSnapshot, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, UsageError, in_one_line
 
 CATALOG_DIR: Final = "catalog"
 MANIFEST_DIR: Final = "manifests"
@@ -160,7 +160,7 @@ def decode(data: bytes, kind: type[T], where: str) -> T:
         value = msgspec.json.decode(data, type=kind, strict=True)
         canonical = _encoder.encode(value)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:
-        raise CorruptSnapshot(f"{where} does not decode: {str(error)[:200]}") from error
+        raise CorruptSnapshot(f"{where} does not decode: {in_one_line(error)[:200]}") from error
     if canonical != data:
         raise CorruptSnapshot(f"{where} is not canonical JSON", valid="sorted keys, each once, no spaces")
     return value

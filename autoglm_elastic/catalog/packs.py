@@ -24,7 +24,7 @@ import xxhash
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.dtypes import BY_NAME, DType
 from autoglm_elastic.catalog.format import Box, Chunk, Tensor, chunk_entry, chunk_nbytes
-from autoglm_elastic.errors import CorruptSnapshot, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, UsageError, in_one_line
 from autoglm_elastic.ports import BlobReader
 
 ALIGNMENT: Final = 4096
@@ -186,7 +186,7 @@ def parse_head(head: bytes, file_nbytes: int, where: str) -> list[HeaderRow]:
             raise ValueError("it is not canonical, or a key appears twice")
         rows = _rows(decoded, len(head))
     except (msgspec.MsgspecError, ValueError, KeyError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptSnapshot(f"{where} has a malformed header: {str(error)[:160]}") from error
+        raise CorruptSnapshot(f"{where} has a malformed header: {in_one_line(error)[:160]}") from error
     at = len(head)
     for row in rows:
         if row.begin != at:

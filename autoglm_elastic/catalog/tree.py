@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from autoglm_elastic.catalog import limits
-from autoglm_elastic.errors import CorruptSnapshot, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, UsageError, in_one_line
 
 Path = tuple[str | int, ...]
 """Where in a state: keys and indices from the root; keys that are not strings by their text."""
@@ -79,8 +79,8 @@ def check(tree: Any, names: Mapping[str, object], where: str) -> None:
     """A decoded tree is well-formed and names only tensors in `names`. Raises CorruptSnapshot."""
     try:
         _check(tree, names, 0)
-    except (ValueError, TypeError, KeyError, binascii.Error) as error:
-        raise CorruptSnapshot(f"{where}: its structure is malformed: {str(error)[:160]}") from error
+    except (ValueError, TypeError, KeyError, binascii.Error, CorruptSnapshot) as error:
+        raise CorruptSnapshot(f"{where}: its structure is malformed: {in_one_line(error)[:160]}") from error
 
 
 def _check(node: Any, names: Mapping[str, object], depth: int) -> None:

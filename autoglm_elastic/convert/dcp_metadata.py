@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, Final, Self
 
 from autoglm_elastic.catalog import limits
-from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
+from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError, in_one_line
 
 METADATA_NAME: Final = ".metadata"
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
@@ -35,6 +36,17 @@ _RECORDS: Final = frozenset(
         ("collections", "OrderedDict"),
     }
 )
+
+_OPCODES: Final = frozenset(
+    """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE
+    BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND
+    APPENDS EMPTY_DICT SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL
+    STACK_GLOBAL REDUCE NEWOBJ BUILD
+    """.split()  # noqa: SIM905 - a table
+)
+"""What a pickler writes for such records, of protocol 2 or above. The others reach for more (EXT1, PERSID, INST), or
+let a few bytes demand any amount of memory (BYTEARRAY8)."""
 
 
 class Record:
@@ -106,11 +118,17 @@ def read_metadata(folder: Path) -> Record:
         raise PlatformError(f"reading {path}: {error.strerror}") from error
     if len(data) > limits.MANIFEST_BYTES_MAX:
         raise CorruptSnapshot(f"{path} is too large", valid=f"at most {limits.MANIFEST_BYTES_MAX} bytes")
+    return parse_metadata(data, str(path))
+
+
+def parse_metadata(data: bytes, path: str) -> Record:
+    """As `read_metadata`; `path` is for errors."""
     try:
+        _check_opcodes(data)
         found = _Unpickler(data).load()
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{path} is not opened: {str(error)[:160]}",
+            f"{path} is not opened: {in_one_line(error)[:160]}",
             valid="what torch.distributed.checkpoint writes there",
         ) from error
     except Exception as error:
@@ -118,3 +136,13 @@ def read_metadata(folder: Path) -> Record:
     if type(found).__name__ != "Metadata" or not isinstance(found, Record):
         raise CorruptSnapshot(f"{path} holds no Metadata")
     return found
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Only what is expected, and no place in the memo that so few bytes cannot fill: the unpickler would make room for
+    it. Raises UnpicklingError, ValueError."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it has the opcode {opcode.name}")
+        if opcode.name.endswith("BINPUT") and argument is not None and argument > len(data):
+            raise ValueError(f"place {argument} of the memo")

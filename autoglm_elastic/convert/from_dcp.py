@@ -27,9 +27,17 @@ _OVERHEAD_BYTES: Final = 1 << 20
 class DcpSource:
     def __init__(self, folder: Path) -> None:
         self._files = LocalBlobs(folder)
-        metadata = read_metadata(folder)
-        self._places = self._read_places(metadata)
         self._boxes: dict[str, tuple[Box, ...]] = {}
+        metadata = read_metadata(folder)
+        try:
+            self.structure = self._read(metadata, folder)
+        except (AttributeError, TypeError, ValueError, KeyError, RecursionError) as error:
+            raise CorruptSnapshot(
+                f"{folder / METADATA_NAME} has another form: {type(error).__name__}"
+            ) from error
+
+    def _read(self, metadata: Record, folder: Path) -> Structure:
+        self._places = self._read_places(metadata)
         tensors: dict[str, Tensor] = {}
         nodes: dict[tree.Path, Any] = {}
         described = _mapping(metadata.field("state_dict_metadata"))
@@ -42,7 +50,7 @@ class DcpSource:
             else:
                 data = io.BytesIO(self._bytes(name, (), limits.TREE_TEXT_MAX))
                 nodes[path] = encode(torch_loaded(data, f"{name} of {folder}"), path, _no_tensor)
-        self.structure = Structure(tensors=tensors, tree=tree.nest(nodes))
+        return Structure(tensors=tensors, tree=tree.nest(nodes))
 
     def boxes(self, name: str) -> Iterator[Box]:
         return iter(self._boxes[name])

@@ -112,9 +112,10 @@ class LocalReader:
             left = _behind(left, count) if nbytes else []
 
     def close(self) -> None:
-        if self._fd >= 0:
-            self._files.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # nothing was written
+                self._files.close(fd)
 
 
 class LocalPending:
@@ -168,7 +169,11 @@ class LocalPending:
             self.discard()
             raise SyncFailed(*platform_error(error, "fsync of", self.path).args) from error
         fd, self._fd = self._fd, -1
-        self._files.close(fd)
+        try:
+            self._files.close(fd)
+        except OSError as error:  # a network file system may tell of a lost write only now
+            self.discard()
+            raise SyncFailed(*platform_error(error, "closing", self.path).args) from error
 
     def publish(self, name: str, head: bytes = b"") -> None:
         if len(head) != self._head:
@@ -253,11 +258,13 @@ class LocalBlobs:
         try:
             for part in parts[:-1]:
                 deeper = self.files.open(part, _DIR_FLAGS, dir_fd=directory)
-                self.files.close(directory)
-                directory = deeper
+                directory, done = deeper, directory
+                with contextlib.suppress(OSError):
+                    self.files.close(done)
             return self.files.open(parts[-1], flags, dir_fd=directory)
         finally:
-            self.files.close(directory)
+            with contextlib.suppress(OSError):
+                self.files.close(directory)
 
     def open(self, name: str) -> LocalReader:
         path = self.path(name)

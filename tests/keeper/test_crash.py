@@ -24,7 +24,7 @@ from autoglm_elastic.storage import LocalBlobs
 from tests.keeper.saving import WALL, collect, decided, prepared, reached, whole, written
 from tests.keeper.state import Share
 from tests.keeper.turns import TurningWriter, Turns
-from tests.snapshot.disk_model import Image, images
+from tests.snapshot.disk_model import Image, Unsynced, images
 
 Log = list[tuple[Any, ...]]
 PACKS = writer_module.FILES_IN_FLIGHT
@@ -50,7 +50,8 @@ def record(root: Path, seed: int) -> Turns:
     files.mark("lineage")
     for step in (1, 2):
         mine = TurningWriter(blobs, files)
-        result = written(blobs, share(), step, mine)
+        with files.naming():
+            result = written(blobs, share(), step, mine)
         mine.close()
         assert result.reason == ""
         assert decided(blobs, share(), step, result) == (Verdict.COMMIT, "")
@@ -72,7 +73,8 @@ def record_finished(root: Path, seed: int) -> Turns:
         for rank in (0, 1):
             one = share(rank, 2)
             mine = TurningWriter(blobs, files)
-            result = written(blobs, one, step, mine)
+            with files.naming():
+                result = written(blobs, one, step, mine)
             mine.close()
             details = fmt.decode(one.details(snapshot), records.Details, "details")
             finisher = Finisher(blobs, failpoints.none, lambda: WALL)
@@ -93,7 +95,7 @@ def problems(image: Image, where: Path, goes_on: bool) -> list[str]:
     if "lineage" in image.facts and len(Catalog(LocalBlobs(where)).records()) != 1:
         found.append("the record of the generation is lost")
     if goes_on and not found:
-        blobs = LocalBlobs(where)
+        blobs = LocalBlobs(where, files=Unsynced())
         result = written(blobs, share(), 9)
         assert decided(blobs, share(), 9, result) == (Verdict.COMMIT, "")
         for _ in range(2):  # the first settles what is prepared, the second collects its packs
@@ -231,18 +233,6 @@ def head_behind_the_fsync(log: Log) -> Log:
     return planted
 
 
-def name_before_the_fsync(log: Log) -> Log:
-    """Packs are renamed when their last byte is written."""
-    names = targets(log)
-    planted = list(log)
-    for call in log:
-        if call[0] == "fsync" and "/packs/" in names.get(call[1], ""):
-            renamed = next(one for one in log if one[0] == "rename" and one[2] == names[call[1]])
-            planted.remove(renamed)
-            planted.insert(planted.index(call), renamed)
-    return planted
-
-
 def moved(log: Log, kind: str, folder: str, to: int) -> Log:
     """The last call of that kind on a name in `folder`, with its directory's fsync, comes at place `to`."""
     at = max(place for place, call in enumerate(log) if call[0] == kind and f"/{folder}/" in call[-1])
@@ -264,7 +254,6 @@ PLANTED: dict[str, Callable[[Log], Log]] = {
     "no fsync of manifests' directory": without_directory_fsync(lambda path: path.endswith("/manifests")),
     "no fsync of the catalog's directory": without_directory_fsync(lambda path: path.endswith("/catalog")),
     "the head behind the fsync": head_behind_the_fsync,
-    "the name before the fsync": name_before_the_fsync,
     "the entry before the manifest": lambda log: moved(log, "link", "manifests", len(log)),
     "packs removed before the entry": lambda log: moved(log, "unlink", "catalog", len(log)),
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from autoglm_elastic.catalog import failpoints
+import pytest
+
+from autoglm_elastic.catalog import failpoints, packs
 from autoglm_elastic.keeper.job import Layout, PackImage
 from autoglm_elastic.keeper.writer import Result, Work, Writer
 from autoglm_elastic.ports import StreamBlobs
@@ -23,7 +27,8 @@ class Turns(Recorder):
 
     def __init__(self, root: Path, seed: int) -> None:
         super().__init__(root)
-        self._rng = random.Random(seed)
+        self._seed, self._rng = seed, random.Random(seed)
+        self._named: collections.Counter[int] = collections.Counter()
         self._mine = threading.local()
         self._changed = threading.Condition()
         self._live = 0
@@ -43,6 +48,21 @@ class Turns(Recorder):
                 self._waiting.remove(number)
                 self._next = None
         with self._lock:
+            yield
+
+    def token_hex(self, nbytes: int) -> str:
+        """In the place of `secrets`' for the nonce of a pack, so that its name and folder follow from the seed, too."""
+        number = self._mine.number
+        self._named[number] += 1
+        return hashlib.sha256(f"{self._seed} {number} {self._named[number]}".encode()).hexdigest()[
+            : 2 * nbytes
+        ]
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Names of packs come from here meanwhile."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packs, "secrets", self)
             yield
 
     def expect(self, threads: int) -> None:

@@ -6,6 +6,7 @@ last of them also in half; every subset of the names and of the new directories.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -74,7 +75,18 @@ class NameChange:
     inode: int | None
 
 
-class Recorder(Files):
+class Unsynced(Files):
+    """For tests in which no machine crashes: what fsync promises is not waited for."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+    def fsync_directory(self, path: str) -> None:
+        if not os.path.isdir(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+class Recorder(Unsynced):
     """Does what Files does and writes it down, one call after the other, whatever thread it comes from. `mark` notes
     a fact between two calls, like "committed 1"."""
 
