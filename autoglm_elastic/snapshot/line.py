@@ -5,16 +5,23 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import NamedTuple
 
 from autoglm_elastic.catalog import failpoints
 from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.index import OnEvent, no_event
-from autoglm_elastic.errors import ElasticError
+from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper import InProcess, Keeper, open_keeper
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.settings import Keeper as KeeperSettings
 from autoglm_elastic.settings import load
 from autoglm_elastic.storage import open_blobs
+
+
+class _Place(NamedTuple):
+    rank: int
+    world_size: int
+    generation: int
 
 
 class Line:
@@ -39,34 +46,50 @@ class Line:
         self.blobs: StreamBlobs = open_blobs(place) if isinstance(place, str | os.PathLike) else place
         self._settings, self._on_event, self._failpoint = settings, on_event, failpoint
         self._lock = threading.Lock()
-        self._rank, self._world_size, self._generation = 0, 1, 0
+        """Held for moments; whoever opens the line holds `_connecting` beside it, for as long as that takes."""
+        self._connecting = threading.Lock()
+        self._closed = 0
+        """How often."""
+        self._place = _Place(0, 1, 0)
         self._keeper: Keeper | InProcess | None = None
 
     def enter(self, *, rank: int, world_size: int, generation: int) -> None:
-        """What is staged from now on is of this rank of this generation."""
+        """What is staged from now on is of this rank of this generation. Waits for nobody, also while a keeper is
+        being started or does not answer."""
         with self._lock:
-            self._rank, self._world_size, self._generation = rank, world_size, generation
+            self._place = _Place(rank, world_size, generation)
             if self._keeper is not None:
                 self._keeper.enter(rank=rank, world_size=world_size, generation=generation)
 
     def open(self) -> Keeper | InProcess:
         """Raises ElasticError."""
-        with self._lock:
-            if self._keeper is None or self._keeper.gone:
-                self._keeper = self._connect()
-            return self._keeper
+        with self._connecting:
+            with self._lock:
+                if self._keeper is not None and not self._keeper.gone:
+                    return self._keeper
+                place, closed = self._place, self._closed
+            keeper = self._connect(place)
+            with self._lock:
+                if closed == self._closed:
+                    if place != self._place:
+                        rank, world_size, generation = self._place
+                        keeper.enter(rank=rank, world_size=world_size, generation=generation)
+                    self._keeper = keeper
+                    return keeper
+            keeper.close()
+            raise PlatformError("the line to the keeper was closed while it was opened")
 
-    def _connect(self) -> Keeper | InProcess:
+    def _connect(self, place: _Place) -> Keeper | InProcess:
         if self._url is None:
             return InProcess(
-                self.blobs, rank=self._rank, world_size=self._world_size, failpoint=self._failpoint
+                self.blobs, rank=place.rank, world_size=place.world_size, failpoint=self._failpoint
             )
         return open_keeper(
             self._url,
             self.blobs,
-            rank=self._rank,
-            world_size=self._world_size,
-            generation=self._generation,
+            rank=place.rank,
+            world_size=place.world_size,
+            generation=place.generation,
             settings=self._settings or load(environ=os.environ).settings.keeper,
             on_told=self._on_event,
         )
@@ -86,5 +109,6 @@ class Line:
         """Idempotent. A keeper finishes what it has in flight."""
         with self._lock:
             keeper, self._keeper = self._keeper, None
+            self._closed += 1
         if keeper is not None:
             keeper.close()
