@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,6 @@ ETC: Final = Path("/etc/netns")
 _PATH: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP, _NFT = shutil.which("ip", path=_PATH), shutil.which("nft", path=_PATH)
 _COMMAND_S_MAX: Final = 20.0
-_DEATH_S_MAX: Final = 20.0
 _CLONE_NEWNET: Final = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
@@ -120,15 +120,27 @@ class Host:
         return answer[0]
 
     def _all(self, number: signal.Signals, due: Callable[[psutil.Process], bool]) -> None:
-        deadline = time.monotonic() + _DEATH_S_MAX
+        deadline = time.monotonic() + _COMMAND_S_MAX
         while left := [process for process in self.processes() if _is(process, due)]:
             assert time.monotonic() < deadline, f"{self.name}: {left} after {number.name}"
             for process in left:
-                try:
-                    process.send_signal(number)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(left, timeout=0.02)
+                _signal_and_watch(process.pid, number)
+
+
+def _signal_and_watch(pid: int, number: signal.Signals) -> None:
+    """The exit code is left to whoever started it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+        if number == signal.SIGKILL:
+            select.select([pidfd], [], [], _COMMAND_S_MAX)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)
 
 
 def _is(process: psutil.Process, due: Callable[[psutil.Process], bool]) -> bool:

@@ -1,4 +1,4 @@
-"""A job on several hosts with an etcd on hosts of its own, and what must hold on its logs afterwards."""
+"""A job on several hosts, by default with an etcd on hosts of its own, and what must hold on its logs afterwards."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BACK_S_MAX = 60.0
 
 
 class Scene:
-    """`jobs`: the agents by host, one worker each. `etcd`: members by number, on the hosts `MEMBERS`."""
+    """`jobs`: the agents by host, one worker each. `store`: the flags that name it."""
 
-    def __init__(self, network: Network, etcd: Cluster, run_dir: Path) -> None:
-        self.network, self.etcd, self.run_dir = network, etcd, run_dir
+    def __init__(self, network: Network, store: tuple[str, ...], run_dir: Path) -> None:
+        self.network, self.store, self.run_dir = network, store, run_dir
         self.jobs: dict[str, Job] = {}
         self.gone: list[Job] = []
         self.fault_at = 0.0
@@ -40,7 +40,7 @@ class Scene:
         for host in hosts:
             self.jobs[host] = Job(
                 f"--nnodes=1:{len(NODES)}", "--nproc-per-node=1", "--rdzv-id=job", f"--rdzv-conf=node={host}",
-                "--store", self.etcd.address, *flags, "--run-dir", self.run_dir,
+                *self.store, *flags, "--run-dir", self.run_dir,
                 TRAIN, "--steps=100000", "--pause-s=0.02",
                 prefix=self.network[host].prefix,
             )  # fmt: skip
@@ -51,7 +51,7 @@ class Scene:
         for job in jobs:
             job.read()
         seen = {id(job): len(job.reports) for job in jobs}
-        past = max((line.get("step", 0) for job in self._all() for line in job.reports), default=0)
+        past = max((line.get("step", 0) for job in self.everyone() for line in job.reports), default=0)
 
         def wanted(line: Line) -> bool:
             return (
@@ -134,29 +134,53 @@ class Scene:
         )
         assert left < without, f"{host} stopped {left - without:.2f} s after the others went on"
 
+    def came_back(self, host: str) -> None:
+        """Everybody trains together again, and it is there as a new member."""
+        self.trains(len(self.jobs), more=20)
+        joined = self.events("node.joined", node=host)
+        assert joined, f"{host} did not rejoin"
+        assert joined[-1]["wall_time"] > self.fault_at, f"{host} did not rejoin"
+        assert set(self.generations()[-1]["nodes"]) == set(self.jobs)
+
     def output(self) -> str:
         return "\n".join(f"--- {host}\n{job.output()}" for host, job in self.jobs.items())
 
-    def _all(self) -> list[Job]:
+    def everyone(self) -> list[Job]:
         return [*self.jobs.values(), *self.gone]
 
 
 @contextmanager
-def scene(folder: Path, *hosts: str) -> Iterator[Scene]:
-    """The hosts `NODES` (an agent on each of `hosts`, all together in one world) and `MEMBERS`."""
+def scene(folder: Path) -> Iterator[tuple[Scene, Cluster]]:
+    """A host with an agent for each of `NODES`, all in one world, and the members of an etcd on `MEMBERS`."""
     with Network(folder, *NODES, *MEMBERS) as network:
         places = [(network[name].address, network[name].prefix) for name in MEMBERS]
-        with Cluster(folder / "etcd", members=len(MEMBERS), places=places) as etcd:
-            made = Scene(network, etcd, folder / "run")
-            try:
-                made.start(*(hosts or NODES))
-                made.trains(len(hosts or NODES))
-                yield made
-            except BaseException:
-                print(made.output())
-                raise
-            finally:
-                for name in made.jobs:
-                    network[name].kill()
-                for job in made._all():
-                    job.__exit__()
+        with (
+            Cluster(folder / "etcd", members=len(MEMBERS), places=places) as etcd,
+            _playing(Scene(network, ("--store", etcd.address), folder / "run")) as here,
+        ):
+            yield here, etcd
+
+
+@contextmanager
+def scene_with_hosted_store(folder: Path) -> Iterator[Scene]:
+    """The same, with the store in the agent of the first of `NODES`."""
+    with Network(folder, *NODES) as network:
+        store = ("--rdzv-backend=autoglm", f"--rdzv-endpoint={network[NODES[0]].address}:29400")
+        with _playing(Scene(network, store, folder / "run")) as here:
+            yield here
+
+
+@contextmanager
+def _playing(here: Scene) -> Iterator[Scene]:
+    try:
+        here.start(*NODES)
+        here.trains(len(NODES))
+        yield here
+    except BaseException:
+        print(here.output())
+        raise
+    finally:
+        for name in NODES:
+            here.network[name].kill()
+        for job in here.everyone():
+            job.__exit__()
