@@ -84,6 +84,8 @@ class View:
         self.generation_revision = 0
         self.broken: dict[tuple[int, str], Report] = {}
         self.finished: set[tuple[int, str]] = set()
+        self.returning = False
+        """Workers left on an agreed stop: a run that is done then wants to be started again."""
         self.entered: set[tuple[int, str]] = set()
         self.c10d: dict[int, tuple[str, int]] = {}
         self.history: set[int] = set()
@@ -131,7 +133,9 @@ class View:
                 self.broken[int(number), node] = report
                 return core.Broken(node, int(number), report.failure, now, report.alive_s)
             case ("finished", number, node):
+                returns = value["returns"] is True
                 self.finished.add((int(number), node))
+                self.returning = self.returning or returns
                 return core.Finished(node, int(number), now)
             case ("entered", number, node):
                 self.entered.add((int(number), node))

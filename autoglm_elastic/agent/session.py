@@ -195,6 +195,11 @@ class NodeSession:
         with self._loop.changed:
             return self._loop.view.closed
 
+    def returns(self) -> bool:
+        """Whether nodes have finished because the job was stopped, and wants to be started again."""
+        with self._loop.changed:
+            return self._loop.view.returning
+
     def is_joined(self) -> bool:
         with self._loop.changed:
             return bool(self._loop.lease)
@@ -235,10 +240,11 @@ class NodeSession:
             report = {"failure": failure.to_json(), "alive_s": alive_s}
             self.store.put(self._keys.broken(generation, self.node), report)
 
-    def report_finished(self, generation: int) -> None:
-        """All workers of this node ended well in `generation`."""
+    def report_finished(self, generation: int, *, returns: bool = False) -> None:
+        """All workers of this node ended well in `generation`; `returns`: on an agreed stop, to be started again."""
         if not self._is_over(generation):
-            self.store.put(self._keys.finished(generation, self.node), {"wall_time": self._clock.wall()})
+            report = {"wall_time": self._clock.wall(), "returns": returns}
+            self.store.put(self._keys.finished(generation, self.node), report)
 
     def report_entered(self, generation: int) -> None:
         """This node has seen `generation` and puts its workers into it: it was alive when that was sealed. See

@@ -197,6 +197,8 @@ class Supervisor:
         """The job is done. Workers that are still here only waited for a world that will not come."""
         self._agent.requeue = self._group.leaves_to_return
         if not self._group.all_finished:
+            # Ours did not see the end: the others know which it was.
+            self._agent.requeue = self._agent.requeue or self._session.returns()
             self._group.stop("the job is done")
         ranks = [worker.global_rank for worker in self._agent.get_worker_group().workers]
         self._result = RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
@@ -308,7 +310,9 @@ class Supervisor:
         elif self._reported_finished < generation.number:
             self._reported_finished = generation.number
             self._finish_deadline = time.monotonic() + self._agent.finish_timeout_s
-            self._store.tell(lambda: self._session.report_finished(generation.number))
+            self._store.tell(
+                lambda: self._session.report_finished(generation.number, returns=self._group.leaves_to_return)
+            )
 
     def _on_death(self, slot: WorkerSlot) -> None:
         generation = self._group.current

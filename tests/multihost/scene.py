@@ -126,7 +126,9 @@ class Scene:
 
     def fenced_before_the_others_went_on(self, host: str) -> None:
         """Its workers were dead before a world without it was sealed."""
-        left = self.events("node.left", node=host)[-1]["wall_time"]
+        stopped = self.events("node.left", node=host)
+        assert stopped, f"{host} still runs while the others go on"
+        left = stopped[-1]["wall_time"]
         without = next(
             sealed["wall_time"]
             for sealed in self.generations()
