@@ -51,9 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = f"{config.option.markexpr} {config.option.keyword}"
     if any("::" in argument for argument in config.args):
         return
-    by_name = {name for name in ("campaign", "slurm") if name not in chosen}
+    by_name = {name for name in ("campaign", "slurm", "long") if name not in chosen}
     if os.environ.get("AUTOGLM_TEST_EXCLUSIVE"):
-        by_name.discard("slurm")
+        by_name -= {"slurm", "long"}
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in by_name)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

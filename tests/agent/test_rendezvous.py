@@ -303,7 +303,7 @@ class Torchrun:
         self._told.close()
 
 
-@pytest.fixture(params=["autoglm", pytest.param("autoglm-etcd", marks=needs_etcd)])
+@pytest.fixture(params=["autoglm", pytest.param("autoglm-etcd", marks=[needs_etcd, pytest.mark.long])])
 def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Torchrun]:
     if request.param == "autoglm":
         job = Torchrun(tmp_path, request.param, f"localhost:{free_port()}")

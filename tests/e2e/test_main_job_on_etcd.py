@@ -10,7 +10,7 @@ import pytest
 from etcd_cluster import Cluster, needs_etcd
 from job import SCRIPTS, Job
 
-pytestmark = needs_etcd
+pytestmark = [needs_etcd, pytest.mark.long]
 
 TRAIN = SCRIPTS / "train.py"
 FOR_EVER = "--steps=100000"

@@ -86,6 +86,7 @@ def test_a_job_goes_on_from_the_store_in_an_empty_run_directory(
     assert json.loads(capsys.readouterr().out)[-1]["step"] == last.step
 
 
+@pytest.mark.long
 def test_a_store_that_dies_costs_snapshots_and_nothing_else(
     make_bucket: Callable[[str], Bucket], tmp_path: Path
 ) -> None:

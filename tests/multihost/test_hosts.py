@@ -12,7 +12,7 @@ from etcd_cluster import needs_etcd
 from net import needs_hosts
 from scene import MEMBERS, NODES, scene, scene_with_hosted_store
 
-pytestmark = [pytest.mark.multihost, pytest.mark.timeout(400), needs_hosts, needs_etcd]
+pytestmark = [pytest.mark.multihost, pytest.mark.long, pytest.mark.timeout(400), needs_hosts, needs_etcd]
 
 
 def others_than(*hosts: str) -> list[str]:
