@@ -37,6 +37,7 @@ class NodeGroup:
         self._agent = agent
         self._node = node
         self._planned = False
+        self._asked_to_leave: wire.Stop | None = None
 
     @property
     def current(self) -> Generation:
@@ -90,8 +91,7 @@ class NodeGroup:
             on_started()
             self.running = True
             for slot in self.slots:
-                self._send_world(slot)
-                self._log_started(slot)
+                self._begin(slot)
         self.started_at = time.monotonic()
         return stayed
 
@@ -99,8 +99,7 @@ class NodeGroup:
         """One slot to the current generation: its process is told, or a new one is started."""
         if not slot.alive:
             self._agent.replace(slot)
-            self._send_world(slot)
-            self._log_started(slot)
+            self._begin(slot)
             return
         world = self._send_world(slot)
         slot.pending = world
@@ -114,9 +113,11 @@ class NodeGroup:
                 slot.send(wire.Break(self.current.number, str(failure)))
 
     def ask_to_leave(self, received: signal.Signals, limit_s: float) -> None:
-        """The workers agree on a boundary, commit a snapshot there, and end."""
+        """The workers agree on a boundary, commit a snapshot there, and end; also those that are started from now
+        on."""
+        self._asked_to_leave = wire.Stop(int(received), limit_s)
         for slot in self.slots:
-            slot.send(wire.Stop(int(received), limit_s))
+            slot.send(self._asked_to_leave)
 
     def kill_stuck(self, now: float) -> None:
         """Who has not unwound in time is blocked in C++: only a new process can take its place."""
@@ -172,6 +173,13 @@ class NodeGroup:
             step=max(other.step_max for other in self.slots),
             wall_time=time.time(),
         )
+
+    def _begin(self, slot: WorkerSlot) -> None:
+        """A new process is told what the others know."""
+        self._send_world(slot)
+        if self._asked_to_leave is not None:
+            slot.send(self._asked_to_leave)
+        self._log_started(slot)
 
     def _send_world(self, slot: WorkerSlot) -> wire.World:
         generation = self.current

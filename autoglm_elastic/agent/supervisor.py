@@ -338,9 +338,11 @@ class Supervisor:
         if self._reported_broken < generation.number:
             self._failures = {}
         self._failures[failure.rank] = self._agent.failure_of(slot)
-        if self._stop_deadline is not None or failure.exit_code == ExitCode.DO_NOT_RESTART:
+        if failure.exit_code == ExitCode.DO_NOT_RESTART:
             self._fail_for_good(failure)
             return
+        if self._stop_deadline is not None and failure.exit_code == 128 + self._stop_signal:
+            raise SignalException("the workers had no world to agree on a stop in", self._stop_signal)
         in_place = self._group.can_stay
         if in_place:
             self._group.break_up(failure)

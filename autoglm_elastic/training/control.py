@@ -23,6 +23,10 @@ from autoglm_elastic.errors import PlatformError
 SEND_LIMIT_S: Final = 10
 """An agent that takes nothing for so long is stuck; the message is dropped."""
 
+STOP_WORLD_LIMIT_S: Final = 10.0
+"""A stop that comes between two worlds is agreed on in the next, which is only moments away after a death. One that
+does not come within this waits for nodes."""
+
 
 class Control:
     """Thread safe. `breaker` is called on the control thread, at most once for each generation that
@@ -93,14 +97,17 @@ class Control:
 
     def wait_world(self, after: int, limit_s: float) -> wire.World:
         """The newest world, newer than generation `after`. Raises PlatformError when none comes within
-        `limit_s`, SystemExit
-        when we are to stop: there is nobody to agree with, and the newest snapshot stays."""
+        `limit_s`, SystemExit when we are to stop and none comes within STOP_WORLD_LIMIT_S: there is nobody to agree
+        with, and the newest snapshot stays."""
         self.waiting = True
         try:
             with self._changed:
                 self._changed.wait_for(
                     lambda: self.next_world(after) is not None or self.stop is not None, limit_s
                 )
+                if self.stop is not None:
+                    stop_limit_s = min(limit_s, self.stop.deadline_s, STOP_WORLD_LIMIT_S)
+                    self._changed.wait_for(lambda: self.next_world(after) is not None, stop_limit_s)
                 world = self.next_world(after)
         finally:
             self.waiting = False

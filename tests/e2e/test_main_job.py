@@ -63,6 +63,19 @@ def test_rank_zero_may_die_too(undisturbed: dict[str, object]) -> None:
         assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
 
 
+def test_a_stop_in_the_moment_of_a_death_leaves_a_snapshot(run_dir: Path) -> None:
+    """A machine that is taken away often kills before it has finished asking."""
+    command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN, "--steps=100000")
+    with Job(*command, "--pause-s=0.02") as job:
+        job.wait_for(lambda line: line.get("step") == 10)
+        job.kill_worker(1)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 75, job.output()
+    assert [closed["tier"] for closed in events(run_dir, "incident.closed")][1:] == ["live"]
+    newest = max(event["step"] for event in events(run_dir, "snapshot.committed"))
+    assert newest == max(job.steps())
+
+
 def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
     port = free_port()
     common = (

@@ -164,14 +164,9 @@ class Cluster:
         self.generation += 1
         store = self.store_for(self.generation)
         self.alive = [worker for worker in self.alive if worker not in remove]
-        stayed = list(self.alive)
-        size = len(stayed) + add
-        for rank, worker in enumerate(stayed):
-            self._send_world(worker, rank, size, store.port, planned, reason)
-        for rank in range(len(stayed), size):
-            worker = self._spawn()
-            self.alive.append(worker)
-            self._send_world(worker, rank, size, store.port, planned, reason)
+        self.alive += [self._spawn() for _ in range(add)]
+        for rank, worker in enumerate(self.alive):
+            self._send_world(worker, rank, len(self.alive), store.port, planned, reason)
         self.store_for(self.generation + 1)
 
     def kill(self, worker: Worker) -> None:

@@ -103,6 +103,38 @@ def test_a_stop_is_agreed_and_leaves_a_snapshot(
         assert committed == [done[0].step]
 
 
+def test_a_stop_between_two_worlds_is_agreed_in_the_next(
+    zygote: Zygote, tmp_path: Path, run_dir: Path
+) -> None:
+    """Preemption often comes with deaths: what the survivor holds must not be lost for it."""
+    args = {"steps": 100_000}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        survivor, other = cluster.alive
+        cluster.wait_said(survivor, committed=2)
+        cluster.kill(other)
+        cluster.wait(lambda: wire.Unwound(0) in survivor.told, "unwinding")
+        cluster.send(survivor, wire.Stop(signal=int(signal.SIGTERM), deadline_s=30.0))
+        cluster.reform(add=1)
+        cluster.wait_exits(code=75)
+        done = [m for w in cluster.alive for m in w.told if isinstance(m, wire.Done)]
+        assert [d.requeue for d in done] == [True, True]
+        assert done[0].step > 2
+        assert [e["step"] for e in cluster.events("snapshot.committed")] == [done[0].step]
+
+
+def test_a_stop_without_a_world_to_come_ends_in_time(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    args = {"steps": 100_000}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        survivor, other = cluster.alive
+        cluster.wait_said(survivor, committed=2)
+        cluster.kill(other)
+        cluster.wait(lambda: wire.Unwound(0) in survivor.told, "unwinding")
+        cluster.send(survivor, wire.Stop(signal=int(signal.SIGTERM), deadline_s=0.1))
+        cluster.wait_exits(code=128 + signal.SIGTERM)
+
+
 def test_a_snapshot_can_be_asked_for(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
     args = {"steps": 8, "paced": True, "ask_at": 3}
     with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
