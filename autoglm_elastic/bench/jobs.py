@@ -20,11 +20,11 @@ from typing import Final
 
 import psutil
 
+from autoglm_elastic.bench.marks import MARK, marked
 from autoglm_elastic.bench.steplog import Line, StepLog
 from autoglm_elastic.errors import PlatformError, UsageError
 
 SCRIPTS: Final = Path(__file__).parent / "scripts"
-MARK: Final = "AUTOGLM_BENCH_JOB"
 RESTARTS: Final = 100_000
 """So many failures are never the reason for an end."""
 KILL_WAIT_S: Final = 20.0
@@ -129,14 +129,7 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """Launcher, workers and whatever they started."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(self._mark)
 
     def pss_bytes(self) -> int:
         """Proportional set size of all its processes: shared pages are counted once."""

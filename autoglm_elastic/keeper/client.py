@@ -20,11 +20,12 @@ import msgspec
 from autoglm_elastic import wire
 from autoglm_elastic.catalog.format import Pack
 from autoglm_elastic.core.commit import Snapshot, Verdict
-from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
+from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper import address, messages
-from autoglm_elastic.keeper.job import WriteJob, check_layout
+from autoglm_elastic.keeper.job import WriteJob
 from autoglm_elastic.keeper.memory import ADVICE, Memory, MemoryRefused
 from autoglm_elastic.keeper.messages import one_line
+from autoglm_elastic.keeper.segments import Pool, Segment
 from autoglm_elastic.keeper.start import connect, start
 from autoglm_elastic.settings import Keeper as KeeperSettings
 from autoglm_elastic.settings import load
@@ -41,15 +42,6 @@ _ATTEMPTS: Final = 3
 
 class KeeperGone(PlatformError):
     """No keeper can be had, or it has died: what it had not made durable for us is lost."""
-
-
-class Segment:
-    """Shared memory for one snapshot of this rank. `memory` is writable, page aligned, present."""
-
-    def __init__(self, number: int, memory: Memory) -> None:
-        self.number, self.nbytes = number, memory.nbytes
-        self.memory = memory.view
-        self.held = memory
 
 
 class Pending:
@@ -109,8 +101,7 @@ class Keeper:
         self._known = messages.Known()
         self._answers: dict[tuple[type[messages.Message], int], _Answer] = {}
         self._jobs: dict[int, _Job] = {}
-        self._free: dict[int, Segment] = {}
-        self._used: dict[int, Segment] = {}
+        self._segments = Pool()
         self._next = 0
         self._rank, self._world_size, self._generation = 0, 1, 0
         self._gone = ""
@@ -186,12 +177,10 @@ class Keeper:
         """A free segment of at least `nbytes`, ours until its snapshot is settled or it is given back. Raises
         ElasticError: KeeperGone, or memory that is refused."""
         with self._lock:
-            fitting = [one for one in self._free.values() if one.nbytes >= nbytes]
-            if fitting:
-                found = min(fitting, key=lambda one: one.nbytes)
-                self._used[found.number] = self._free.pop(found.number)
+            found = self._segments.take(nbytes)
+            if found is not None:
                 return found
-            small, self._free = list(self._free.values()), {}
+            small = self._segments.drop_free()
             number = self._number()
         for one in small:
             one.held.close()
@@ -202,24 +191,21 @@ class Keeper:
         segment = Segment(number, Memory(answer.fds[0], answer.message.nbytes))
         segment.held.populate()
         with self._lock:
-            self._used[number] = segment
+            self._segments.add(segment)
         return segment
 
     def give_back(self, segment: Segment) -> None:
         """The segment is free again; for one that was never written from."""
         with self._lock:
-            if self._used.pop(segment.number, None) is not None:
-                self._free[segment.number] = segment
+            self._segments.give_back(segment.number)
 
     def write(self, job: WriteJob) -> Pending:
         """Returns at once. Never raises for what is the snapshot's failure: `Pending.wait` does."""
         pending = Pending()
         try:
             with self._lock:
-                segment = self._used.get(job.segment)
-                if segment is None or any(job.segment == one.segment for one in self._jobs.values()):
-                    raise UsageError(f"segment {job.segment}", valid="one that is ours and not being written")
-                check_layout(job.packs, segment.nbytes)
+                is_written = any(job.segment == one.segment for one in self._jobs.values())
+                self._segments.for_job(job, is_written=is_written)
                 number = self._number()
                 self._jobs[number] = _Job(job.snapshot, job.segment, pending)
                 layout, vote, details = (
@@ -396,9 +382,7 @@ class Keeper:
         job = self._jobs[number]
         if job.decided and job.pending.done():
             del self._jobs[number]
-            segment = self._used.pop(job.segment, None)
-            if segment is not None:
-                self._free[segment.number] = segment
+            self._segments.give_back(job.segment)
 
     def _lose(self, reason: str) -> None:
         with self._lock:
@@ -409,8 +393,7 @@ class Keeper:
                 self._socket.shutdown(socket.SHUT_RDWR)
             answers, jobs = list(self._answers.values()), list(self._jobs.values())
             self._jobs.clear()
-            segments = [*self._free.values(), *self._used.values()]
-            self._free, self._used = {}, {}
+            segments = self._segments.empty()
         for answer in answers:
             answer.ready.set()
         for job in jobs:

@@ -19,10 +19,11 @@ from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.keeper import memory
-from autoglm_elastic.keeper.client import Keeper, KeeperGone, OnTold, Pending, Segment, ignore
+from autoglm_elastic.keeper.client import Keeper, KeeperGone, OnTold, Pending, ignore
 from autoglm_elastic.keeper.finish import Finisher
-from autoglm_elastic.keeper.job import WriteJob, check_layout
+from autoglm_elastic.keeper.job import WriteJob
 from autoglm_elastic.keeper.memory import Memory, MemoryRefused
+from autoglm_elastic.keeper.segments import Pool, Segment
 from autoglm_elastic.keeper.writer import Result, Work, Writer
 from autoglm_elastic.ports import StreamBlobs
 from autoglm_elastic.settings import Keeper as KeeperSettings
@@ -57,8 +58,7 @@ class InProcess:
         self._finisher = Finisher(blobs, failpoint, SystemClock().wall)
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="autoglm-keeper")
         self._changed = threading.Condition()
-        self._free: dict[int, Segment] = {}
-        self._used: dict[int, Segment] = {}
+        self._segments = Pool()
         self._jobs: list[_Job] = []
         self._next = 0
 
@@ -70,13 +70,10 @@ class InProcess:
     def segment(self, nbytes: int) -> Segment:
         """As `Keeper.segment`. Raises MemoryRefused, PlatformError."""
         with self._changed:
-            fitting = [one for one in self._free.values() if one.nbytes >= nbytes]
-            if fitting:
-                found = min(fitting, key=lambda one: one.nbytes)
-                self._used[found.number] = self._free.pop(found.number)
+            found = self._segments.take(nbytes)
+            if found is not None:
                 return found
-            small, self._free = list(self._free.values()), {}
-            held = sum(one.nbytes for one in self._used.values())
+            small, held = self._segments.drop_free(), self._segments.used_nbytes
             self._next += 1
             number = self._next
         for one in small:
@@ -89,25 +86,20 @@ class InProcess:
         except OSError as error:
             raise PlatformError(f"a segment of {nbytes} bytes: {error.strerror}") from error
         with self._changed:
-            self._used[number] = segment
+            self._segments.add(segment)
         return segment
 
     def give_back(self, segment: Segment) -> None:
         with self._changed:
-            if self._used.pop(segment.number, None) is not None:
-                self._free[segment.number] = segment
+            self._segments.give_back(segment.number)
 
     def write(self, job: WriteJob) -> Pending:
         """As `Keeper.write`."""
         mine = _Job(job, self._rank, self._world_size)
         with self._changed:
-            segment = self._used.get(job.segment)
-            if segment is None or any(one.job.segment == job.segment for one in self._jobs):
-                error = UsageError(f"segment {job.segment}", valid="one that is ours and not being written")
-                mine.pending.settle((), error)
-                return mine.pending
+            is_written = any(one.job.segment == job.segment for one in self._jobs)
             try:
-                check_layout(job.packs, segment.nbytes)
+                segment = self._segments.for_job(job, is_written=is_written)
             except UsageError as error:
                 mine.pending.settle((), error)
                 return mine.pending
@@ -136,7 +128,7 @@ class InProcess:
         """Ends the threads when their work is done; waits for none of it."""
         with self._changed:
             busy = {job.job.segment for job in self._jobs}
-            for segment in [*self._free.values(), *self._used.values()]:
+            for segment in self._segments.empty():
                 if segment.number not in busy:
                     segment.held.close()
         self._writer.close()
@@ -190,9 +182,7 @@ class InProcess:
     def _over(self, job: _Job) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
-            segment = self._used.pop(job.job.segment, None)
-            if segment is not None:
-                self._free[segment.number] = segment
+            self._segments.give_back(job.job.segment)
         self._changed.notify_all()
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import builtins
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Final
 
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome
-from autoglm_elastic.storage._names import blob_names, check_range
-from autoglm_elastic.storage._parallel import REQUEST_BYTES, Threads, read_parallel, scatter
+from autoglm_elastic.storage._names import blob_names
+from autoglm_elastic.storage._parallel import Threads
+from autoglm_elastic.storage._remote import RemoteReader
 from autoglm_elastic.storage.local import checked_name
 
 CALL_S: Final = 120.0
@@ -25,28 +26,6 @@ WRITABLE: Final = ("memory",)
 
 _memory = threading.Lock()
 """fsspec's memory is one per process, so is the lock that makes put-if-absent out of looking and writing."""
-
-
-class FsspecReader:
-    """One file (ports.BlobReader)."""
-
-    def __init__(self, blobs: FsspecBlobs, name: str, nbytes: int) -> None:
-        self.name, self.nbytes, self._blobs = name, nbytes, blobs
-
-    block = REQUEST_BYTES
-
-    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
-        scatter(self.read_into, offset, views)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        check_range(f"{self._blobs.url}/{self.name}", self.nbytes, offset, view.nbytes)
-        fetch = self._blobs.fetch
-        read_parallel(
-            self._blobs.threads, lambda at, part: fetch(self.name, at, part), offset, view, self.name
-        )
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class FsspecPending:
@@ -119,8 +98,8 @@ class FsspecBlobs:
             raise CorruptSnapshot(f"{self.url}/{name} is no plain file")
         return int(info["size"])
 
-    def open(self, name: str) -> FsspecReader:
-        return FsspecReader(self, name, self.size(name))
+    def open(self, name: str) -> RemoteReader:
+        return RemoteReader(self, name)
 
     def read(self, name: str, *, bytes_max: int) -> bytes:
         reader = self.open(name)
@@ -128,16 +107,10 @@ class FsspecBlobs:
             raise CorruptSnapshot(
                 f"{self.url}/{name} has {reader.nbytes} bytes", valid=f"at most {bytes_max}"
             )
-        data = bytearray(reader.nbytes)
-        reader.read_into(0, memoryview(data))
-        return bytes(data)
+        return reader.read(0, reader.nbytes)
 
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        reader = self.open(name)
-        check_range(f"{self.url}/{name}", reader.nbytes, offset, nbytes)
-        data = bytearray(nbytes)
-        reader.read_into(offset, memoryview(data))
-        return bytes(data)
+        return self.open(name).read(offset, nbytes)
 
     def fetch(self, name: str, offset: int, view: memoryview) -> None:
         """One range. Raises FileNotFoundError, CorruptSnapshot when the file ends before it, PlatformError."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -20,8 +20,9 @@ from typing import Any, Final
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.storage import _s3_client as client
-from autoglm_elastic.storage._names import blob_names, check_range
-from autoglm_elastic.storage._parallel import REQUEST_BYTES, Threads, read_parallel, scatter
+from autoglm_elastic.storage._names import blob_names
+from autoglm_elastic.storage._parallel import Threads
+from autoglm_elastic.storage._remote import RemoteReader
 from autoglm_elastic.storage._s3_client import Fate
 from autoglm_elastic.storage._s3_upload import PART_BYTES, S3Pending
 from autoglm_elastic.storage.local import TEMPORARY_DIR, checked_name
@@ -36,28 +37,6 @@ _TOKEN: Final = "autoglm-put"  # noqa: S105 - the name of a header
 _conditional: set[tuple[str, str]] = set()
 """(endpoint, bucket) that honour conditional writes, as found by this process."""
 _probing = threading.Lock()
-
-
-class S3Reader:
-    """One object (ports.BlobReader). Large ranges are fetched as several at once."""
-
-    def __init__(self, blobs: S3Blobs, name: str, nbytes: int) -> None:
-        self.name, self.nbytes, self._blobs = name, nbytes, blobs
-
-    block = REQUEST_BYTES
-
-    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
-        scatter(self.read_into, offset, views)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        check_range(f"{self._blobs.url}/{self.name}", self.nbytes, offset, view.nbytes)
-        fetch = self._blobs.fetch
-        read_parallel(
-            self._blobs.threads, lambda at, part: fetch(self.name, at, part), offset, view, self.name
-        )
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class S3Blobs:
@@ -114,8 +93,8 @@ class S3Blobs:
     def size(self, name: str) -> int:
         return int(self._head(name)["ContentLength"])
 
-    def open(self, name: str) -> S3Reader:
-        return S3Reader(self, name, self.size(name))
+    def open(self, name: str) -> RemoteReader:
+        return RemoteReader(self, name)
 
     def read(self, name: str, *, bytes_max: int) -> bytes:
         try:
@@ -133,11 +112,7 @@ class S3Blobs:
         return bytes(data)
 
     def read_range(self, name: str, offset: int, nbytes: int) -> bytes:
-        reader = self.open(name)
-        check_range(f"{self.url}/{name}", reader.nbytes, offset, nbytes)
-        data = bytearray(nbytes)
-        reader.read_into(offset, memoryview(data))
-        return bytes(data)
+        return self.open(name).read(offset, nbytes)
 
     def fetch(self, name: str, offset: int, view: memoryview) -> None:
         """One range request, continued where a connection breaks. Raises FileNotFoundError, CorruptSnapshot

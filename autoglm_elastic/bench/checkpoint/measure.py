@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-MARK: Final = "AUTOGLM_BENCH_JOB"
-"""In the environment of everything that a run starts, also of what leaves the process tree."""
+from autoglm_elastic.bench.marks import marked
+
 GROUP_S: Final = 300.0
 SAMPLE_S: Final = 0.02
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
@@ -61,14 +61,7 @@ class Processes:
         self._mark = mark
 
     def all(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(self._mark)
 
     def cpu_s(self) -> float:
         """User and system seconds, those of children that have ended included."""

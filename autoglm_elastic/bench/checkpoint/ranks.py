@@ -14,8 +14,9 @@ from typing import Final
 import msgspec
 import psutil
 
-from autoglm_elastic.bench.checkpoint.measure import MARK, Processes
+from autoglm_elastic.bench.checkpoint.measure import Processes
 from autoglm_elastic.bench.checkpoint.spec import RESULT, Rows, Spec
+from autoglm_elastic.bench.marks import MARK
 from autoglm_elastic.errors import PlatformError
 
 PART_S: Final = 3600.0
