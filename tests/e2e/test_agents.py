@@ -52,6 +52,7 @@ def test_sigterm_to_one_agent_stops_the_job_with_a_snapshot_and_the_same_command
     assert committed(run_dir)[-1][1] == 40
 
 
+@pytest.mark.long
 def test_a_job_whose_agents_are_killed_was_cut_off_and_the_same_command_resumes(run_dir: Path) -> None:
     command = (TRAIN, "--pause-s=0.05", "--snapshot-every=5", ENDLESS)
     port = free_port()
@@ -76,6 +77,7 @@ def test_a_job_whose_agents_are_killed_was_cut_off_and_the_same_command_resumes(
     assert status(run_dir)["state"] == "paused"
 
 
+@pytest.mark.long
 def test_a_survivor_on_the_other_node_that_is_stuck_in_c_is_killed_and_replaced(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_survivor_on_the_other_node_that_is_stuck_in_c_is_killed_and_replaced(
     assert events(run_dir, "incident.closed")[-1]["tier"] == "disk"
 
 
+@pytest.mark.long
 def test_an_agent_that_loses_sight_of_the_store_for_a_while_goes_on(run_dir: Path) -> None:
     command = ("--set=membership.lease_s=60", TRAIN, "--pause-s=0.02", ENDLESS)
     port = free_port()
@@ -112,6 +115,7 @@ def test_an_agent_that_loses_sight_of_the_store_for_a_while_goes_on(run_dir: Pat
     assert_each_step_once(run_dir)
 
 
+@pytest.mark.long
 def test_a_connection_to_the_store_that_breaks_again_and_again_costs_no_step(run_dir: Path) -> None:
     """Whether the agent is back in time to keep its lease, or has to leave, is the machine's choice."""
     command = (TRAIN, "--pause-s=0.02", ENDLESS)
@@ -129,6 +133,7 @@ def test_a_connection_to_the_store_that_breaks_again_and_again_costs_no_step(run
     assert_each_step_once(run_dir)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["hold", "refuse"])
 def test_an_agent_that_is_cut_off_from_the_store_fences_itself_and_comes_back(
     how: str, run_dir: Path

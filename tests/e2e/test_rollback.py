@@ -45,6 +45,7 @@ def test_every_command_works_while_a_job_writes(run_dir: Path, capsys: Capture) 
     assert all(one["ok"] for one in ckpt(capsys, "verify", run_dir))
 
 
+@pytest.mark.long
 def test_a_start_resumes_from_where_it_was_rolled_back_to(run_dir: Path, capsys: Capture) -> None:
     command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, SCRIPTS / "train.py")
     with Job(*command, "--snapshot-every=10") as job:
@@ -69,6 +70,7 @@ def test_a_start_resumes_from_where_it_was_rolled_back_to(run_dir: Path, capsys:
     assert [row["name"] for row in ckpt(capsys, "ls", run_dir) if row["head"]] == [last["name"]]
 
 
+@pytest.mark.long
 def test_a_run_resumes_from_a_snapshot_that_went_through_dcp(
     run_dir: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -51,6 +51,7 @@ def wait_for_snapshot(job: Job, run_dir: Path, generation: int) -> int:
     raise AssertionError(f"no snapshot of generation {generation} in {STEPS} steps\n{job.output()}")
 
 
+@pytest.mark.long
 def test_a_job_goes_on_from_the_store_in_an_empty_run_directory(
     bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_wrong_place_is_one_line_and_nothing_starts(
     assert not (tmp_path / "run" / "events.jsonl").exists()
 
 
+@pytest.mark.long
 def test_snapshots_of_another_run_are_refused(bucket: Bucket, tmp_path: Path) -> None:
     with start(bucket, tmp_path / "run", "--steps=1") as job:
         assert job.wait() == 0, job.output()

@@ -109,6 +109,7 @@ def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[.
         assert set((tmp_path / "asked").read_text().split()) == {"127.0.0.1", "somebody@localhost"}
 
 
+@pytest.mark.long
 def test_ctrl_c_commits_a_snapshot_and_the_same_command_resumes(
     start: Callable[..., Command], run_dir: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_ctrl_c_commits_a_snapshot_and_the_same_command_resumes(
     assert steps == set(range(left_at + 1, 121))
 
 
+@pytest.mark.long
 def test_agents_end_when_the_command_that_reached_them_is_gone(tmp_path: Path, run_dir: Path) -> None:
     """Over ssh there is nobody left to ask."""
     (tmp_path / "ssh").write_text(SSH)
