@@ -68,7 +68,9 @@ class Leader:
         self._generation_revision = view.generation_revision
         current = view.generation
         if current is not None:
-            self.feed(view, core.Adopted(current, now))
+            mine = current.placement(self._leadership.node)
+            inside = mine is not None and mine.incarnation == self._leadership.incarnation
+            self.feed(view, core.Adopted(current, now, inside))
             for number, node in sorted(view.entered):
                 self.feed(view, core.Entered(node, number, now))
             for number, node in sorted(view.finished):

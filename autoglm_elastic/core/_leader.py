@@ -26,8 +26,9 @@ class LeaderState:
     current generation. `finished`: nodes that are done and are not placed again. `unseen`: nodes of an
     adopted generation that have not shown up yet, lost at `unseen_until`. `unheard`: nodes that have shown no
     sign of life since the newest failure, which may have been theirs. `waiting_since`: since when there
-    have been too few nodes, or, while forming, since the last one joined. `reason`: why the next generation
-    is needed."""
+    have been too few nodes, or, while forming, since the last one joined. `inherited`: the current generation
+    was sealed by somebody else, and this leader's node has no part in it. `reason`: why the next generation is
+    needed."""
 
     policy: Policy
     next_number: int
@@ -43,6 +44,7 @@ class LeaderState:
     unseen: frozenset[str] = frozenset()
     unseen_until: float = 0.0
     unheard: frozenset[str] = frozenset()
+    inherited: bool = False
     restart_count: int = 0
     reason: str = ""
 

@@ -123,6 +123,7 @@ def _seal(state: LeaderState, now: float, *, planned: bool, reason: str) -> Step
         sealed_at=now,
         fresh=frozenset(member.node for member in state.members if member.node not in inside),
         unheard=state.unheard & inside,
+        inherited=False,
         reason="",
     )
     return sealed, (Seal(generation),)

@@ -82,10 +82,11 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """A new leader found this generation sealed by an earlier one."""
+    """A new leader found this generation sealed by an earlier one. `inside`: its own node works in it."""
 
     generation: Generation
     now: float
+    inside: bool = True
 
 
 @dataclass(frozen=True, slots=True)

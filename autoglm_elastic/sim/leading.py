@@ -70,7 +70,7 @@ class Leadership:
         self._state = membership.start(self._sim.policy, first_generation=max(newest_record, -1) + 1, now=now)
         generation, self._generation_revision = keys.get("generation", (None, 0))
         if generation is not None:
-            self._feed(Adopted(generation, now))
+            self._feed(self._adopted(generation))
             for key, (value, _) in sorted(keys.items()):
                 if key.startswith("entered/"):
                     self._news(key, value, members=False)
@@ -98,7 +98,7 @@ class Leadership:
             self._agent.leadership = None
         elif change.key == "generation":
             self._generation_revision = max(self._generation_revision, change.revision)
-            self._feed(Adopted(change.value, self._sim.loop.now))
+            self._feed(self._adopted(change.value))
         else:
             self._news(change.key, change.value, members=True)
             self._news(change.key, change.value, members=False)
@@ -116,6 +116,11 @@ class Leadership:
                 self._feed(Broken(node, value[1], value[2], now, value[3]))
             else:
                 self._feed(Finished(node, value[1], now))
+
+    def _adopted(self, generation: Generation) -> Adopted:
+        mine = generation.placement(self._agent.node.name)
+        inside = mine is not None and mine.incarnation == self._agent.incarnation
+        return Adopted(generation, self._sim.loop.now, inside)
 
     def _feed(self, event: Event) -> None:
         if self._state is None:

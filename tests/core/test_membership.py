@@ -379,6 +379,36 @@ def test_a_new_leader_remembers_the_budget() -> None:
     assert heir.failed[0].first_failure == death("a", 5)
 
 
+NO_RESTARTS = replace(POLICY, nodes_min=1, max_restarts=0)
+
+
+def test_a_job_started_again_is_not_charged_for_the_nodes_that_were_killed_before() -> None:
+    found = running("ab", NO_RESTARTS).last
+    heir = Leader(NO_RESTARTS).feed(
+        Adopted(found, 100.0, inside=False), up("a", 100.0), up("c", 100.0), up("b", 100.0)
+    )
+    heir.feed(MemberDown("a", 101.0))
+    assert heir.nodes == "bc", "b has not been missed yet"
+    heir.feed(MemberDown("b", 101.5))
+    assert heir.nodes == "c"
+    assert heir.failed == []
+    assert heir.last.failures == 0
+    heir.feed(broken("c", heir.last.number))
+    assert heir.failed, "what happens from now on is charged"
+
+
+def test_a_node_that_comes_back_alone_is_not_charged_for_its_former_self() -> None:
+    found = running("a", NO_RESTARTS).last
+    heir = Leader(NO_RESTARTS).feed(Adopted(found, 100.0, inside=False), up("a", 100.0, incarnation=2))
+    assert heir.nodes == "a"
+    assert heir.failed == []
+
+
+def test_a_new_leader_from_the_midst_charges_the_one_before() -> None:
+    found = running("ab", NO_RESTARTS).last
+    assert adopt(found, up("b", 100.0), MemberDown("a", 100.0), policy=NO_RESTARTS).failed
+
+
 def test_roles_and_uneven_nodes_get_their_ranks() -> None:
     leader = Leader(replace(POLICY, nodes_max=4)).feed(
         MemberUp(member("a", nproc=1, role="x"), 0.0),

@@ -32,6 +32,9 @@ ATTEMPT_S_MIN: Final = 0.1
 ATTEMPT_S_MAX: Final = 1.0
 """One attempt to renew, as a part of the lease: a few fit in before the fence."""
 
+LOOK_AGAIN_FRACTION: Final = 0.5
+"""Between two looks at all members, as a part of an attempt."""
+
 
 @dataclass(slots=True)
 class _Held:
@@ -93,24 +96,28 @@ class Leases:
         return float(ttl_s)
 
     def _ask_everybody(self, request: Any, held: _Held | None, attempt_s: float) -> int:
-        """The first member's answer, or what the standing of all of them proves."""
-        looks = self._transport.look(2 * attempt_s)
-        # Until the fence: a slow machine, or members that wait for their leader, may still answer.
+        """The first member's answer, or what the standing of all of them proves: looked at again and again until the
+        fence, since a slow machine, or members that start or elect, may give neither at first."""
+        clock = self._transport.clock
+        give_up_at = clock.monotonic() + 4 * attempt_s
         asks = self._transport.ask_everybody("Lease.LeaseKeepAlive", request, 4 * attempt_s)
-        pending: set[Future[Any]] = {*looks, *asks}
-        give_up_at = self._transport.clock.monotonic() + 4 * attempt_s
-        while pending:
-            remaining_s = give_up_at - self._transport.clock.monotonic()
-            done, pending = wait(pending, max(0.0, remaining_s), FIRST_COMPLETED)
-            if not done:
-                break
+        looks: list[Future[Standing]] = []
+        look_at = clock.monotonic() if held is not None else give_up_at
+        pending: set[Future[Any]] = set(asks)
+        while pending and (now := clock.monotonic()) < give_up_at:
+            if now >= look_at:
+                looks = self._transport.look(min(2 * attempt_s, give_up_at - now))
+                pending |= set(looks)
+                look_at = give_up_at
+            done, pending = wait(pending, min(look_at, give_up_at) - now, FIRST_COMPLETED)
             for answer in (each.result(0) for each in asks if each in done):
                 if answer is not None:
                     return int(answer.TTL)
-            if held is not None and pending.isdisjoint(looks):
+            if held is not None and looks and pending.isdisjoint(looks):
                 if self._is_good(held, [look.result(0) for look in looks]):
                     return held.ttl_s
-                held = None  # nothing more will be proven
+                looks = []
+                look_at = clock.monotonic() + LOOK_AGAIN_FRACTION * attempt_s
         raise StoreUnavailable(f"etcd at {self._transport.target.address} does not renew leases", sent=False)
 
     def _is_good(self, held: _Held, found: list[Standing]) -> bool:
