@@ -14,6 +14,8 @@ class Keys:
 
     def __init__(self, run_id: str) -> None:
         self.prefix = f"{ROOT}{quote(run_id, safe='')}/"
+        self.notes = f"{ROOT}{quote(run_id, safe='')}+notes/"
+        """Beside what every agent watches: a note is for who looks on, and would wake all the others."""
         self.leader = f"{self.prefix}leader"
         self.generation = f"{self.prefix}generation"
         self.closed = f"{self.prefix}closed"
@@ -35,6 +37,12 @@ class Keys:
 
     def history(self, generation: int) -> str:
         return f"{self.prefix}generations/{generation}"
+
+    def note(self, node: str) -> str:
+        return f"{self.notes}{quote(node, safe='')}"
+
+    def node_of_note(self, key: str) -> str:
+        return unquote(key.removeprefix(self.notes))
 
     def parse(self, key: str) -> tuple[str, ...]:
         """`("broken", "3", "node")` of its key; `("leader",)` of the leader's."""

@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
+from autoglm_elastic.agent._notes import Recent
 from autoglm_elastic.agent.context import WorkerChannel, ZygoteContext
 from autoglm_elastic.agent.process import ForkedProcess
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
@@ -80,6 +81,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         self.requeue = False
         self.slots = [WorkerSlot(local_rank) for local_rank in range(spec.local_world_size)]
         self.settings = settings
+        self.recent = Recent()
         self._events = events
         self._zygote = zygote
         self._run_dir = run_dir
@@ -87,6 +89,7 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
     def emit(self, event: Event) -> None:
         """Note an event in the run's log."""
         self._events.emit(event)
+        self.recent.take(event)
 
     def emit_named(self, name: str, fields: Mapping[str, object], *, rank: int) -> None:
         """Note an event that a worker sent."""

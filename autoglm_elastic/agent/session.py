@@ -28,6 +28,7 @@ from autoglm_elastic.core.membership import Failure, Generation, Member, Policy
 from autoglm_elastic.ports import (
     Clock,
     Compare,
+    Json,
     Outcome,
     Put,
     Store,
@@ -250,6 +251,14 @@ class NodeSession:
         """This node has seen `generation` and puts its workers into it: it was alive when that was sealed. See
         `wait_entered`."""
         self.store.put(self._keys.entered(generation, self.node), {})
+
+    def leave_note(self, note: Json) -> None:
+        """For who looks at the job from outside (`onlooker`); it ends with this node's lease, and no agent is woken by
+        it. Nothing for a node that is no member. Raises StoreUnavailable, StoreRefused."""
+        with self._loop.changed:
+            lease = self._loop.lease
+        if lease:
+            self.store.put(self._keys.note(self.node), note, lease=lease)
 
     def publish_c10d(self, generation: int, host: str, port: int) -> None:
         """Where the workers of `generation` find their c10d store. Ends with this node's lease.

@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
 from autoglm_elastic.agent._group import NodeGroup
+from autoglm_elastic.agent._notes import Notes
 from autoglm_elastic.agent._rejoin import Rejoin
 from autoglm_elastic.agent._store_side import StoreSide
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
@@ -96,8 +97,9 @@ class Supervisor:
         with self._inbox:
             self._session.tell_progress(lambda: max(slot.newest_step() for slot in self._slots))
             self._session.join()
-            while self._result is None:
-                self._wait()
+            with Notes(self._session, self._slots, self._agent.recent):
+                while self._result is None:
+                    self._wait()
         return self._result
 
     def _wait(self) -> None:

@@ -6,18 +6,23 @@ command that needs it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
 from autoglm_elastic.cli import ckpt, ckpt_convert
-from autoglm_elastic.errors import ElasticError, ExitCode
+from autoglm_elastic.errors import ElasticError, ExitCode, PlatformError, UsageError
+from autoglm_elastic.ports import StoreUnavailable
+
+if TYPE_CHECKING:
+    from autoglm_elastic.observe.status import Source
 
 app = typer.Typer(
     name="autoglm",
@@ -143,12 +148,36 @@ def report(
 
 
 @app.command()
-def status(run: RunDir, as_json: AsJson = False) -> None:
-    """Where a run stands."""
-    from autoglm_elastic.observe import status as room
+def status(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory, or the job's store as --store takes it: etcd://HOST:PORT,… or HOST:PORT.",
+            show_default=False,
+        ),
+    ],
+    rdzv_id: Annotated[
+        str | None, typer.Option("--rdzv-id", help="With a store: the job, as its agents got it.")
+    ] = None,
+    as_json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the job ends: live on a terminal, else lines.")
+    ] = False,
+) -> None:
+    """Where a run stands: from its run directory, or from its store on any host that reaches that."""
+    with _source(run, rdzv_id) as source:
+        if watch:
+            from rich.console import Console
 
-    told = room.read(run)
-    _json(told) if as_json else _lines(room.lines(told))
+            from autoglm_elastic.observe.watch import watch as go_on
+
+            go_on(source, Console(), as_json=as_json)
+            return
+        from autoglm_elastic.observe.status import lines
+
+        told = source.status()
+        _json(told) if as_json else _lines(lines(told))
 
 
 @app.command()
@@ -184,6 +213,28 @@ def config(
         return
     given = [settings.override(text) for text in overrides or ()]
     print(settings.to_yaml(settings.explain(settings.load(file, os.environ, given))), end="")
+
+
+@contextlib.contextmanager
+def _source(run: str, rdzv_id: str | None) -> Iterator[Source]:
+    from autoglm_elastic.agent import onlooker
+    from autoglm_elastic.observe.status import RunDirectorySource
+
+    if not onlooker.is_address(run):
+        if rdzv_id is not None:
+            raise UsageError("--rdzv-id with a run directory", do="leave it out, or give the job's store")
+        yield RunDirectorySource(run)
+        return
+    if rdzv_id is None:
+        raise UsageError(f"store {run} without --rdzv-id", do="give the one that the job's agents got")
+    with contextlib.closing(onlooker.reach(run, rdzv_id)) as store:
+        try:
+            with contextlib.closing(onlooker.Onlooker(store, rdzv_id)) as source:
+                yield source
+        except StoreUnavailable as error:
+            raise PlatformError(
+                f"the store at {run} does not answer any more: {error}", do="look into the run directory"
+            ) from error
 
 
 def _one_line(error: Any) -> str:

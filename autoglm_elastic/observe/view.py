@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
+
 from autoglm_elastic.core.lifecycle import (
     Ended,
     IllegalTransition,
@@ -28,6 +30,9 @@ from autoglm_elastic.observe.text import count, duration, shortened, size
 
 MESSAGES_MAX: Final = 200
 LOSSES_MAX: Final = 60
+INCIDENTS_MAX: Final = 8
+RATE_STEPS: Final = 50
+"""The rate is that of the newest steps, at most so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,19 @@ class RankRow:
     state: TaskState
 
 
+class Incident(msgspec.Struct, kw_only=True):
+    """Generation `broke` broke. `seconds`: until the first committed step after it, in `generation`; None while it is
+    open, or where nobody is left who knows."""
+
+    broke: int
+    reason: str
+    opened: float
+    seconds: float | None = None
+    generation: int | None = None
+    tier: str = ""
+    from_step: int | None = None
+
+
 class RunView:
     """Fold `on_event` and `on_metric` over the lines of a run; each returns the messages that are new."""
 
@@ -87,12 +105,21 @@ class RunView:
         self.store_host = ""
         """The node whose agent serves the coordination store."""
         self._workers: dict[tuple[str, int], tuple[int, str]] = {}
+        self.incidents: deque[Incident] = deque(maxlen=INCIDENTS_MAX)
+        self._commits: deque[float] = deque(maxlen=RATE_STEPS)
         self._opened: float | None = None
         self._fault: float | None = None
 
     @property
     def world_size(self) -> int:
         return len(self.tracker.ranks)
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """Of the newest steps in one generation; None before the second."""
+        commits = self._commits
+        elapsed_s = commits[-1] - commits[0] if len(commits) > 1 else 0.0
+        return (len(commits) - 1) / elapsed_s if elapsed_s > 0 else None
 
     def rows(self) -> list[RankRow]:
         """The rank table."""
@@ -107,6 +134,9 @@ class RunView:
         """A committed step; one that is not newer than the newest is done again, or told again."""
         if (metric.generation, metric.step) == self._newest:
             return
+        if metric.generation != self._newest[0]:
+            self._commits.clear()
+        self._commits.append(metric.wall_time)
         self._newest = (metric.generation, metric.step)
         self.steps_redone += max(0, self.step - metric.step + 1)
         self.step, self.loss = metric.step, metric.loss
@@ -146,7 +176,7 @@ class RunView:
                 return [("bad", f"rank {event.rank} did not unwind within {event.waited_s:g} s: replaced")]
             case events.IncidentOpened():
                 if self._opened is None:
-                    self._opened = now
+                    self._open(event.id, event.reason, now)
                     self.failures += 1
                 return []
             case events.FaultInjected():
@@ -202,7 +232,7 @@ class RunView:
         if event.parent < 0:
             self.tracker = StateTracker()  # the command was started again: another life
         elif not event.planned and self._opened is None:
-            self._opened = now
+            self._open(event.parent, event.reason, now)
             self.failures += 1
         before = self.world_size
         self.generation = event.number
@@ -210,6 +240,10 @@ class RunView:
         world = f"{before} → {event.world_size}" if before else f"{event.world_size}"
         text = f"generation {event.number}: {world} workers on {count(len(event.nodes), 'node')}"
         return [("info", f"{text} ({event.reason})" if event.reason else text)]
+
+    def _open(self, broke: int, reason: str, now: float) -> None:
+        self._opened = now
+        self.incidents.append(Incident(broke=broke, reason=reason, opened=now))
 
     def _resumed(self, event: events.IncidentClosed) -> list[tuple[str, str]]:
         ranks = range(self.world_size)
@@ -225,6 +259,10 @@ class RunView:
             ]
         self.recoveries += 1
         seconds = None if opened is None else event.committed_wall_time - opened
+        if self.incidents:
+            current = self.incidents[-1]
+            current.seconds, current.generation = seconds, event.generation
+            current.tier, current.from_step = event.tier, event.from_step
         return [
             (
                 "good",

@@ -60,6 +60,7 @@ class EtcdStore:
         timeout_s: bound of every call.
         prefix: under which all keys of this job are, such as "/autoglm/job7/"; those without a lease of their own end
             with the job's. "" keeps them for ever.
+        looks_on: nothing will be written, and no lease of the job's is kept alive.
         on_connection: called with False when no member answers any more and True when one does; must not call
             the store.
 
@@ -75,6 +76,7 @@ class EtcdStore:
         *,
         timeout_s: float = 5.0,
         prefix: str = "",
+        looks_on: bool = False,
         on_connection: Callable[[bool], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class EtcdStore:
         self._watches: list[EtcdWatch] = []
         self._lock = threading.Lock()
         self._prefix = prefix
-        self._job_lease = _job_lease(prefix) if prefix else 0
+        self._job_lease = _job_lease(prefix) if prefix and not looks_on else 0
         self._keeper: threading.Thread | None = None
         try:
             # A read, because that is what shows whether we may.
