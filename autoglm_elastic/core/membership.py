@@ -16,9 +16,9 @@ is ignored.
 
 One incident is charged to the restart budget once: a generation breaks once, however many of its workers die;
 and a node that is missed only after the next generation was sealed, and has given no sign of life since the
-failure (`unheard`), went down with it, whoever reported the failure first. A node lost from a generation in
-which the leader has no part is charged to nobody: the leader came later, perhaps because all of that generation
-were gone and the job was started again.
+failure (`unheard`), went down with it, whoever reported the failure first. A leader
+that has no part in the generation it finds counts all its nodes as unheard: perhaps they are all gone, and the job
+was started again.
 
 A planned generation is entered at a boundary; until then the one it grew from runs on, and may end there:
 news of it still counts (`Generation.nodes_of`). For an agent that means: workers that end well in a
@@ -140,8 +140,9 @@ def _broken(state: LeaderState, event: Broken) -> Step:
 
 
 def _entered(state: LeaderState, event: Entered) -> Step:
-    # While BROKEN nothing newer than the failure can have been entered.
-    if state.phase is not Phase.RUNNING or not state.counts(event.node, event.generation):
+    # While BROKEN nothing newer than the failure can have been entered; nor is there anything newer than what
+    # an inherited generation's nodes may have died of.
+    if state.phase is not Phase.RUNNING or state.inherited or not state.counts(event.node, event.generation):
         return state, ()
     return replace(state, unheard=state.unheard - {event.node}), ()
 
@@ -184,7 +185,7 @@ def _adopted(state: LeaderState, event: Adopted) -> Step:
         fresh=frozenset(),
         unseen=frozenset(place.node for place in found.placements),
         unseen_until=now + policy.join_window_s,
-        unheard=frozenset(found.unheard),
+        unheard=frozenset(found.unheard if event.inside else (place.node for place in found.placements)),
         inherited=not event.inside,
         restart_count=found.restart_count,
         reason="",
@@ -208,10 +209,8 @@ def _lose(state: LeaderState, nodes: tuple[str, ...], reason: str, now: float, c
     )
     if not working or state.phase is not Phase.RUNNING:
         return state, ()
-    if went_before or state.inherited:
-        # Whoever else of an inherited generation is missed later went with this one.
-        unheard = state.working() if state.inherited else state.unheard
-        return replace(state, phase=Phase.BROKEN, waiting_since=now, unheard=unheard, reason=reason), ()
+    if went_before:
+        return replace(state, phase=Phase.BROKEN, waiting_since=now, reason=reason), ()
     failure = replace(node_left(working[0], committed), message=reason)
     return _charge(state, reason, failure, now, now - state.sealed_at)
 

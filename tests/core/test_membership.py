@@ -385,11 +385,13 @@ NO_RESTARTS = replace(POLICY, nodes_min=1, max_restarts=0)
 def test_a_job_started_again_is_not_charged_for_the_nodes_that_were_killed_before() -> None:
     found = running("ab", NO_RESTARTS).last
     heir = Leader(NO_RESTARTS).feed(
-        Adopted(found, 100.0, inside=False), up("a", 100.0), up("c", 100.0), up("b", 100.0)
+        Adopted(found, 100.0, inside=False), Entered("a", 0, 100.0), Entered("b", 0, 100.0)
     )
+    heir.feed(up("a", 100.0), up("c", 100.0), up("b", 100.0), Entered("c", 1, 100.5))
+    assert heir.nodes == "abc", "neither has been missed yet"
     heir.feed(MemberDown("a", 101.0))
-    assert heir.nodes == "bc", "b has not been missed yet"
-    heir.feed(MemberDown("b", 101.5))
+    assert heir.nodes == "bc"
+    heir.feed(Entered("c", 2, 101.0), MemberDown("b", 101.5))
     assert heir.nodes == "c"
     assert heir.failed == []
     assert heir.last.failures == 0
@@ -402,6 +404,15 @@ def test_a_node_that_comes_back_alone_is_not_charged_for_its_former_self() -> No
     heir = Leader(NO_RESTARTS).feed(Adopted(found, 100.0, inside=False), up("a", 100.0, incarnation=2))
     assert heir.nodes == "a"
     assert heir.failed == []
+
+
+def test_a_node_that_lives_on_under_a_leader_from_elsewhere_is_charged() -> None:
+    found = running("ab", NO_RESTARTS).last
+    heir = Leader(NO_RESTARTS).feed(
+        Adopted(found, 100.0, inside=False), up("a", 100.0), up("c", 100.0), up("b", 100.0)
+    )
+    heir.feed(Entered("a", 1, 100.5), Entered("b", 1, 100.5), Entered("c", 1, 100.5), MemberDown("a", 101.0))
+    assert heir.failed
 
 
 def test_a_new_leader_from_the_midst_charges_the_one_before() -> None:
