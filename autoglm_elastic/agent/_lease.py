@@ -74,7 +74,8 @@ class LeaseKeeper:
             except (StoreUnavailable, StoreRefused):
                 pause_s = RETRY_FRACTION * self._lease_s
                 continue
-            pause_s = usual_s
+            # A renewal that took long has used up its pause: it only counts from when it was sent.
+            pause_s = max(0.0, sent_at + usual_s - self._clock.monotonic())
             if granted_s <= 0:
                 self._lose("the lease has ended in the store: the others count this node as gone")
                 return

@@ -106,7 +106,7 @@ class Leases:
         pending: set[Future[Any]] = set(asks)
         while pending and (now := clock.monotonic()) < give_up_at:
             if now >= look_at:
-                looks = self._transport.look(min(2 * attempt_s, give_up_at - now))
+                looks = self._transport.look(min(attempt_s, give_up_at - now))
                 pending |= set(looks)
                 look_at = give_up_at
             done, pending = wait(pending, min(look_at, give_up_at) - now, FIRST_COMPLETED)
