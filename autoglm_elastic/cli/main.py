@@ -187,8 +187,23 @@ def simulate(
     nodes: Annotated[int | None, typer.Option(help="Nodes of each job; default: by seed.")] = None,
     plant: Annotated[str | None, typer.Option(help="Plant this bug, to see that it is found.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Print every event.")] = False,
+    growth: Annotated[
+        bool,
+        typer.Option("--growth", help="Instead: what a recovery and a snapshot cost by number of nodes."),
+    ] = False,
+    sizes: Annotated[str, typer.Option(help="With --growth: numbers of nodes.")] = "16,64,256,1024,4096",
+    png: Annotated[Path | None, typer.Option(help="With --growth: draw it into FILE.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --growth: JSON instead of tables.")] = False,
 ) -> int:
     """Run the core against thousands of simulated faults and check the invariants."""
+    if growth:
+        from autoglm_elastic.bench import growth as room
+
+        found = list(room.rows(room.sizes(sizes)))
+        if png is not None:
+            room.draw(png, found)
+        _json(found) if as_json else _lines(room.lines(found))
+        return ExitCode.DONE
     from autoglm_elastic.sim.campaign import Campaign
 
     count, first = (seeds, 0) if seed is None else (1, seed)

@@ -66,18 +66,17 @@ class LeaderState:
     def counts(self, node: str, number: int) -> bool:
         """Whether news of `node` from generation `number` still counts: it is the current one, or that only
         grew from it."""
-        nodes = None if self.generation is None else self.generation.nodes_of(number)
-        return nodes is not None and node in nodes
+        return self.generation is not None and self.generation.counts(node, number)
 
     def eligible(self) -> list[Member]:
         """Who would be in the next generation: survivors in their order, then newcomers as they came, up to
         the maximum."""
         live = [member for member in self.members if member.node not in self.finished]
-        order = [] if self.generation is None else [place.node for place in self.generation.placements]
-        survivors = [member for member in live if member.node not in self.fresh]
-        survivors.sort(key=lambda member: order.index(member.node))
+        placed = [(self.placed(member.node), member) for member in live if member.node not in self.fresh]
+        survivors = [(place.group_rank, member) for place, member in placed if place is not None]
+        survivors.sort(key=lambda pair: pair[0])
         newcomers = [member for member in live if member.node in self.fresh]
-        return (survivors + newcomers)[: self.policy.nodes_max]
+        return ([member for _, member in survivors] + newcomers)[: self.policy.nodes_max]
 
     def all_finished(self) -> bool:
         """Whether all nodes of the current generation are done, or all of one that it only grew from.
@@ -86,8 +85,10 @@ class LeaderState:
         """
         if self.generation is None:
             return False
+        sizes = [*(count for _, count in self.generation.grown_from), len(self.generation.placements)]
+        if len(self.finished) < min(sizes):
+            return False
         nodes = [place.node for place in self.generation.placements]
-        sizes = [*(count for _, count in self.generation.grown_from), len(nodes)]
         return any(self.finished.issuperset(nodes[:size]) for size in sizes)
 
 

@@ -56,6 +56,8 @@ def _running(state: LeaderState, now: float) -> Step:
         return state, ()
     if state.unseen:
         return state, (WakeAt(state.unseen_until),)
+    if not state.fresh:
+        return state, ()
     newcomers = [member.node for member in state.eligible() if member.node in state.fresh]
     # Once a node is done the job is about to end: a newcomer would only disturb it.
     if not newcomers or any(place.node in state.finished for place in state.generation.placements):

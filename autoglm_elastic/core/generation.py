@@ -4,7 +4,7 @@ reads."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from autoglm_elastic.core.failure import Failure
@@ -59,6 +59,10 @@ class Generation:
     first_failure: Failure | None = None
     grown_from: tuple[tuple[int, int], ...] = ()
     unheard: tuple[str, ...] = ()
+    _by_node: Mapping[str, Placement] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_node", {place.node: place for place in self.placements})
 
     def nodes_of(self, number: int) -> tuple[str, ...] | None:
         """The nodes of this generation or of one it only grew from; None for any other: that one is stale."""
@@ -68,14 +72,26 @@ class Generation:
         return None
 
     def placement(self, node: str) -> Placement | None:
-        return next((place for place in self.placements if place.node == node), None)
+        """In constant time: the leader asks it of every node after every loss."""
+        return self._by_node.get(node)
+
+    def counts(self, node: str, number: int) -> bool:
+        """Whether `node` is one of `nodes_of(number)`; in constant time."""
+        place = self._by_node.get(node)
+        if place is None:
+            return False
+        sizes = (*self.grown_from, (self.number, len(self.placements)))
+        return any(known == number and place.group_rank < size for known, size in sizes)
 
     def role_world_size(self, role: str) -> int:
         return sum(place.nproc for place in self.placements if place.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {
+        names = (each.name for each in fields(self) if each.init)
+        failure = None if self.first_failure is None else self.first_failure.to_json()
+        return {name: getattr(self, name) for name in names} | {
             "placements": [asdict(place) for place in self.placements],
+            "first_failure": failure,
             "grown_from": [list(pair) for pair in self.grown_from],
             "unheard": list(self.unheard),
         }

@@ -110,9 +110,10 @@ def _member_up(state: LeaderState, event: MemberUp) -> Step:
         seen = replace(state, members=(*state.members, member), unseen=state.unseen - {member.node})
         return evaluate(seen, now)
     # A newer incarnation: the workers that the current generation counts on are gone.
-    state, effects = _lose(state, (member.node,), started_anew(member.node), now, -1)
-    if effects:
-        return state, effects
+    if known is not None or placed is not None:
+        state, effects = _lose(state, (member.node,), started_anew(member.node), now, -1)
+        if effects:
+            return state, effects
     state = replace(state, members=(*state.members, member), fresh=state.fresh | {member.node})
     if state.phase is Phase.FORMING:
         state = replace(state, waiting_since=now)

@@ -7,7 +7,7 @@ before it can be lost.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from autoglm_elastic.core.membership import Failure, Generation, Member
 from autoglm_elastic.core.outcome import Outcome
@@ -17,6 +17,9 @@ from autoglm_elastic.sim.worker import Worker
 
 if TYPE_CHECKING:
     from autoglm_elastic.sim.simulation import Node, Simulation
+
+_FOLLOWED: Final = frozenset({"generation", "leader", "verdict"})
+"""What an agent that does not lead acts on; the leader reads and hears everything."""
 
 
 class Agent(Client):
@@ -49,7 +52,7 @@ class Agent(Client):
             )
             store.put(f"members/{self.node.name}", member, owner=self)
             store.watch(self)
-        return {key: (value, revision) for key, (value, revision, _) in store.keys.items()}
+        return {key: store.get(key) for key in _FOLLOWED if key in store.keys}
 
     def _after_join(self, result: dict[str, tuple[Any, int]] | Outcome) -> None:
         if isinstance(result, Outcome):
@@ -61,11 +64,20 @@ class Agent(Client):
         if self.view.get("leader", (None, 0))[0] is None:
             self._run_for_leader()
 
+    def heeds(self, key: str) -> bool:
+        return self.leadership is not None or key in _FOLLOWED
+
     def on_change(self, change: Change) -> None:
         """News from the store; old ones are skipped."""
-        if change.revision <= self.view.get(change.key, (None, 0))[1]:
-            return
-        self.view[change.key] = (change.value, change.revision)
+        if change.key in _FOLLOWED:
+            if change.revision <= self.view.get(change.key, (None, 0))[1]:
+                return
+            self.view[change.key] = (change.value, change.revision)
+            self._follow(change)
+        if self.leadership is not None:
+            self.leadership.on_change(change)
+
+    def _follow(self, change: Change) -> None:
         if change.key == "generation":
             self._enter(change.value)
         elif change.key == "leader" and change.value is None:
@@ -75,8 +87,6 @@ class Agent(Client):
             self._lead()
         elif change.key == "verdict":
             self.stop_workers()
-        if self.leadership is not None:
-            self.leadership.on_change(change)
 
     def _run_for_leader(self) -> None:
         if self._leading or self.leadership is not None:

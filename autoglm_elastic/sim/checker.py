@@ -6,7 +6,7 @@ wrong, all visible snapshots are verified again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from autoglm_elastic.core import lineage, split
@@ -135,7 +135,7 @@ class Checker:
         if (state.step, state.generation) != (record.resumed_step, record.parent):
             self._loop.broke("I2", f"{who} starts generation {number} at {_at(state)}, recorded is {record}")
 
-    def reduced(self, number: int, states: Sequence[State]) -> None:
+    def reduced(self, number: int, states: Collection[State]) -> None:
         """The ranks of a generation have taken a step together."""
         if len({(state.step, state.digest) for state in states}) > 1:
             self._loop.broke(

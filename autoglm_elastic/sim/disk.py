@@ -52,6 +52,8 @@ class SimDisk:
         self.manifests: dict[Snapshot, tuple[bytes, ...]] = {}
         self.entries: dict[str, Snapshot] = {}
         self.head = ""
+        self.writes = 0
+        """Blobs put so far: records, packs, manifests, entries."""
         self.changed = False
 
     def effect(
@@ -75,6 +77,7 @@ class SimDisk:
         self._loop.soon(self._loop.config.message_s, actor, then, apply())
 
     def put_pack(self, pack: Pack) -> Outcome:
+        self.writes += 1
         self.packs[pack.name] = pack
         self.changed = True
         return Outcome.OK
@@ -84,6 +87,7 @@ class SimDisk:
         self.changed = True
 
     def put_manifest(self, snapshot: Snapshot, packs: tuple[bytes, ...]) -> Outcome:
+        self.writes += 1
         if snapshot in self.manifests:
             return Outcome.CONFLICT
         self.manifests[snapshot] = packs
@@ -91,6 +95,7 @@ class SimDisk:
         return Outcome.OK
 
     def put_entry(self, snapshot: Snapshot) -> Outcome:
+        self.writes += 1
         if snapshot.entry in self.entries:
             return Outcome.CONFLICT
         self.entries[snapshot.entry] = snapshot
@@ -99,6 +104,7 @@ class SimDisk:
         return Outcome.OK
 
     def put_record(self, record: GenerationRecord) -> Outcome:
+        self.writes += 1
         if record.number in self.records:
             return Outcome.CONFLICT
         self.records[record.number] = record

@@ -6,6 +6,7 @@ of a break can stand one step apart. When a member dies or leaves, the others fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ class Control:
     leave: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A step that every rank has contributed to. `states`: theirs; `positions`: the samples of all, by rank."""
+
+    states: frozenset[State]
+    positions: tuple[int, ...]
+
+
 class Group:
     """Members by rank; a rank that left in good order (the job's end, an agreed boundary) breaks nothing."""
 
@@ -46,6 +55,7 @@ class Group:
         self.holdings: dict[int, Holding] = {}
         self.controls: dict[int, Control] = {}
         self.broken = False
+        self._splits: dict[int, list[tuple[int, int]]] = {}
         self._reductions: dict[int, dict[int, Contribution]] = {}
 
     def join(self, rank: int, worker: Worker, holding: Holding) -> None:
@@ -67,10 +77,21 @@ class Group:
         given = self._reductions.setdefault(step, {})
         given[rank] = contribution
         if len(given) == self.world_size:
-            merged = [given[rank] for rank in range(self.world_size)]
+            merged = Reduction(
+                frozenset(given[rank].state for rank in range(self.world_size)),
+                tuple(position for rank in range(self.world_size) for position in given[rank].positions),
+            )
             self._reductions.pop(step)
             for worker in self.members.values():
                 self._loop.soon(self._loop.config.message_s, worker, worker.on_reduced, self, step, merged)
+
+    def share(
+        self, even: Callable[[int, int], list[tuple[int, int]]], total: int, rank: int
+    ) -> tuple[int, int]:
+        """This rank's part of `total` samples; the split is made once."""
+        if total not in self._splits:
+            self._splits[total] = even(total, self.world_size)
+        return self._splits[total][rank]
 
     def break_(self) -> None:
         """A member is gone: the others will notice."""

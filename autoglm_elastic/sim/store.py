@@ -32,6 +32,10 @@ class Client(Actor):
         self.cut_until = 0.0
         self.inbox: deque[tuple[float, Change]] = deque()
 
+    def heeds(self, key: str) -> bool:
+        """Whether a change of `key` would mean anything to it now: what would not need not be simulated."""
+        raise NotImplementedError
+
     def on_change(self, change: Change) -> None:
         raise NotImplementedError
 
@@ -44,6 +48,8 @@ class SimStore:
         self.revision = 0
         self.keys: dict[str, tuple[Any, int, Client | None]] = {}
         self._watchers: list[Client] = []
+        self.operations = self.pushes = 0
+        """Requests so far, lost ones included; and changes handed to watchers."""
 
     def get(self, key: str) -> tuple[Any, int]:
         """(value, modification revision), (None, 0) when it is absent."""
@@ -79,6 +85,7 @@ class SimStore:
         """Send a request; `then` gets its result, or Outcome.UNKNOWN: it may have been applied, or be applied
         yet."""
         loop, config = self._loop, self._loop.config
+        self.operations += 1
         lost = client.cut_until > loop.now
         unknown = lost or loop.chance(config.unknown)
         if unknown:
@@ -96,12 +103,32 @@ class SimStore:
         self._loop.soon(self._loop.config.message_s, client, then, apply())
 
     def _notify(self, change: Change) -> None:
+        self.pushes += len(self._watchers)
+        if self._loop.config.steady:
+            # Nobody's delay differs: one event instead of one a watcher.
+            self._loop.after(
+                self._loop.config.message_s, None, self._deliver_to_all, list(self._watchers), change
+            )
+            return
         for client in self._watchers:
             due = max(self._loop.now, client.cut_until) + self._loop.delay(self._loop.config.message_s)
             if client.inbox:
                 due = max(due, client.inbox[-1][0])
             client.inbox.append((due, change))
             self._loop.after(due - self._loop.now, client, self._deliver, client)
+
+    def _deliver_to_all(self, clients: list[Client], change: Change) -> None:
+        now = self._loop.now
+        for client in clients:
+            if not client.alive or not client.heeds(change.key):
+                continue
+            asleep_s = max(client.cut_until, client.paused_until) - now
+            if asleep_s <= 0 and not client.inbox:
+                client.on_change(change)
+                continue
+            due = max(now + max(0.0, asleep_s), client.inbox[-1][0] if client.inbox else now)
+            client.inbox.append((due, change))
+            self._loop.after(due - now, client, self._deliver, client)
 
     def _deliver(self, client: Client) -> None:
         """Everything that is due, in order: a paused client that wakes up finds it all."""

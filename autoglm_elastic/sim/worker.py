@@ -16,7 +16,7 @@ from autoglm_elastic.core.membership import Generation
 from autoglm_elastic.core.recovery import Holding
 from autoglm_elastic.sim.checker import digest_after, samples_after
 from autoglm_elastic.sim.disk import State
-from autoglm_elastic.sim.group import Contribution, Control, Group
+from autoglm_elastic.sim.group import Contribution, Control, Group, Reduction
 from autoglm_elastic.sim.loop import Actor
 from autoglm_elastic.sim.recovering import Recovery
 from autoglm_elastic.sim.saver import Saver
@@ -139,7 +139,7 @@ class Worker(Actor):
             snapshot = self._saver.decide(step)
             group.controls[step] = Control(snapshot, self.pending is not None)
         start, stop = split.batch_at(state.cursor, config.dataset_size, config.batch, False)
-        first, last = self.sim.core.even(stop - start, group.world_size)[self.rank]
+        first, last = group.share(self.sim.core.even, stop - start, self.rank)
         mine = Contribution(state, tuple(range(start + first, start + last)))
         self.sim.loop.soon(config.compute_s, self, self._contribute, group, step, mine)
 
@@ -147,17 +147,16 @@ class Worker(Actor):
         if self.group is group:
             group.reduce(self.rank, step, mine)
 
-    def on_reduced(self, group: Group, step: int, merged: list[Contribution]) -> None:
+    def on_reduced(self, group: Group, step: int, merged: Reduction) -> None:
         """The gradients are there (or, after the last step, everybody is): the step will be committed."""
         if self.group is not group or self.state is None:
             return
-        self.sim.checker.reduced(group.number, [part.state for part in merged])
+        self.sim.checker.reduced(group.number, merged.states)
         if step >= self.sim.config.steps:
             self._finish()
             return
         self.torn = True
-        positions = tuple(position for part in merged for position in part.positions)
-        self.sim.loop.soon(TORN_S, self, self._commit, group, step, positions)
+        self.sim.loop.soon(TORN_S, self, self._commit, group, step, merged.positions)
 
     def _commit(self, group: Group, step: int, positions: tuple[int, ...]) -> None:
         before, config = self.state, self.sim.config
