@@ -16,9 +16,8 @@ is ignored.
 
 One incident is charged to the restart budget once: a generation breaks once, however many of its workers die;
 and a node that is missed only after the next generation was sealed, and has given no sign of life since the
-failure (`unheard`), went down with it, whoever reported the failure first. A leader
-that has no part in the generation it finds counts all its nodes as unheard: perhaps they are all gone, and the job
-was started again.
+failure (`unheard`), went down with it, whoever reported the failure first. A leader that has no part in the
+generation it finds counts all its nodes as unheard: perhaps they are all gone, and the job was started again.
 
 A planned generation is entered at a boundary; until then the one it grew from runs on, and may end there:
 news of it still counts (`Generation.nodes_of`). For an agent that means: workers that end well in a
@@ -211,7 +210,11 @@ def _lose(state: LeaderState, nodes: tuple[str, ...], reason: str, now: float, c
     if not working or state.phase is not Phase.RUNNING:
         return state, ()
     if went_before:
-        return replace(state, phase=Phase.BROKEN, waiting_since=now, reason=reason), ()
+        # The leader before has counted the restart after a failure that it knew of; no other was counted.
+        known = state.generation is not None and set(state.generation.unheard).issuperset(working)
+        restarts = state.restart_count + int(state.inherited and not known)
+        broken = replace(state, phase=Phase.BROKEN, waiting_since=now, restart_count=restarts, reason=reason)
+        return broken, ()
     failure = replace(node_left(working[0], committed), message=reason)
     return _charge(state, reason, failure, now, now - state.sealed_at)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import pytest
 from etcd_cluster import Cluster, needs_etcd
 
 from autoglm_elastic.agent.session import NodeSession
@@ -73,6 +74,6 @@ def total(stores: list) -> Counter[str]:  # type: ignore[type-arg]
 def test_a_recovery_costs_a_request_a_node_and_a_few(tmp_path: Path) -> None:
     with Cluster(tmp_path / "etcd") as cluster:
         found = {nodes: recovery(cluster, nodes).total() for nodes in (2, 6, 12)}
-    for nodes, requests in found.items():
-        # n + 3 where nothing has to be asked again.
-        assert nodes <= requests <= 1.5 * nodes + 6, found
+    slopes = [(found[6] - found[2]) / 4, (found[12] - found[6]) / 6]
+    assert slopes == [pytest.approx(1.0), pytest.approx(1.0)], found
+    assert found[2] <= 6, found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -321,21 +322,22 @@ def test_a_node_that_cannot_renew_fences_itself_while_its_lease_still_stands(nod
         def wall(self) -> float:
             return 0.0
 
-    store = MemoryStore(Still())
-    unreliable = Unreliable(store)
-    a = nodes("a", policy(1, 1), store=unreliable, lease_s=0.4)
-    a.sealed(["a"])
-    unreliable.keep_alive_fails = True
-    assert "could not be renewed for 0.3 s" in a.lease_lost().reason
-    assert store.get("/autoglm/run%2F1/members/a") is not None
-    assert not a.session.is_joined()
-    with pytest.raises(NotJoined):
-        a.session.wait_sealed(99, WAIT_S)
-    unreliable.keep_alive_fails = False
-    a.session.join()
-    assert a.numbered(2).failures == 0, "a node that comes back is not charged for its former self"
-    a.session.close()
-    store.close()
+    with closing(MemoryStore(Still())) as store:
+        unreliable = Unreliable(store)
+        a = nodes("a", policy(1, 1), store=unreliable, lease_s=0.4)
+        a.sealed(["a"])
+        unreliable.keep_alive_fails = True
+        assert "could not be renewed for 0.3 s" in a.lease_lost().reason
+        assert store.get("/autoglm/run%2F1/members/a") is not None
+        assert not a.session.is_joined()
+        with pytest.raises(NotJoined):
+            a.session.wait_sealed(99, WAIT_S)
+        unreliable.keep_alive_fails = False
+        a.session.join()
+        generation = a.numbered(2)
+        assert generation.restart_count == 1
+        assert generation.failures == 0, "a node that comes back is not charged for its former self"
+        a.session.close()
 
 
 def test_a_lease_that_ended_in_the_store_is_noticed(nodes: Nodes) -> None:

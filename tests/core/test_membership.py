@@ -404,6 +404,7 @@ def test_a_node_that_comes_back_alone_is_not_charged_for_its_former_self() -> No
     heir = Leader(NO_RESTARTS).feed(Adopted(found, 100.0, inside=False), up("a", 100.0, incarnation=2))
     assert heir.nodes == "a"
     assert heir.failed == []
+    assert (heir.last.restart_count, heir.last.failures) == (1, 0)
 
 
 def test_a_node_that_lives_on_under_a_leader_from_elsewhere_is_charged() -> None:
