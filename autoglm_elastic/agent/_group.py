@@ -55,6 +55,22 @@ class NodeGroup:
         return all(slot.finished for slot in self.slots)
 
     @property
+    def finished_in(self) -> int:
+        """The oldest generation that a worker has ended well in; the current one where none says."""
+        return min(
+            (slot.done.generation for slot in self.slots if slot.done is not None),
+            default=self.current.number,
+        )
+
+    def ended_well(self, slot: WorkerSlot) -> bool:
+        """Whether its process has done its part: in the current generation, or in one that this only grew from."""
+        if not slot.finished or slot.exit_code not in (ExitCode.DONE, ExitCode.REQUEUE):
+            return False
+        if slot.pending is None:
+            return True
+        return slot.done is not None and self.current.counts(self._node, slot.done.generation)
+
+    @property
     def has_committed(self) -> bool:
         return any(slot.step_max >= 0 for slot in self.slots)
 

@@ -236,7 +236,7 @@ class NodeSession:
 
     def report_broken(self, generation: int, failure: Failure, alive_s: float) -> None:
         """A worker of this node died in `generation`, which had run here for `alive_s` seconds. Ignored when
-        a newer generation is sealed: it is being repaired already."""
+        a newer generation is sealed that did not only grow from it: it is being repaired already."""
         if not self._is_over(generation):
             report = {"failure": failure.to_json(), "alive_s": alive_s}
             self.store.put(self._keys.broken(generation, self.node), report)
@@ -411,5 +411,6 @@ class NodeSession:
             log.info("lease %d is left to expire: %s", lease, error)
 
     def _is_over(self, generation: int) -> bool:
+        """Whether nobody asks for news of `generation` any more: a newer one is sealed, and did not only grow."""
         newest = self.generation()
-        return newest is not None and newest.number > generation
+        return newest is not None and newest.number > generation and newest.nodes_of(generation) is None

@@ -154,6 +154,8 @@ class Supervisor:
             # It may count on what this node was before it lost its lease.
             self._group.stop(f"generation {generation.number} was sealed without this node")
             return
+        if self._has_finished_in(generation):
+            return
         try:
             where = self._handler.enter(generation)
         except (Superseded, RunClosed, NotJoined, WaitTimeout, StoreUnavailable) as error:
@@ -176,6 +178,13 @@ class Supervisor:
         if not self._group.enter(generation, placement, where, self._take_signals_over):
             self._handler.settle()
         self._store.tell(lambda: self._session.report_entered(generation.number))
+
+    def _has_finished_in(self, generation: Generation) -> bool:
+        """Whether all workers here have ended well before `generation`, which only grew from theirs, was seen: it comes
+        too late for them, and the job ends in theirs."""
+        if not self._group.running or not self._group.all_finished:
+            return False
+        return generation.counts(self._session.node, self._group.finished_in)
 
     def _take_signals_over(self) -> None:
         """Starting workers has set torch's own handlers."""
@@ -296,8 +305,9 @@ class Supervisor:
             slot.exit_code = exit_code
             slot.unwind_deadline = None
             slot.note()
-            ended_well = slot.finished and exit_code in (ExitCode.DONE, ExitCode.REQUEUE)
-            if slot.pending is not None or not ended_well:
+            if self._group.ended_well(slot):
+                slot.pending = None
+            else:
                 self._on_death(slot)
         if self._group.running and self._group.all_finished:
             if self._leave_deadline is None:
@@ -306,14 +316,14 @@ class Supervisor:
                 self._succeed()
 
     def _finish(self) -> None:
-        generation = self._group.current
+        number = self._group.finished_in
         if self._store.gave_up:
             self._succeed()
-        elif self._reported_finished < generation.number:
-            self._reported_finished = generation.number
+        elif self._reported_finished < number:
+            self._reported_finished = number
             self._finish_deadline = time.monotonic() + self._agent.finish_timeout_s
             self._store.tell(
-                lambda: self._session.report_finished(generation.number, returns=self._group.leaves_to_return)
+                lambda: self._session.report_finished(number, returns=self._group.leaves_to_return)
             )
 
     def _on_death(self, slot: WorkerSlot) -> None:
@@ -332,11 +342,13 @@ class Supervisor:
             )
         )
         if slot.pending is not None:
-            # It never entered the current generation, so nothing of that generation knows it: a new process
-            # can.
             slot.pending = None
-            self._group.move(slot)
-            return
+            if not any(other.finished for other in self._slots):
+                # It never entered the current generation, so nothing of that generation knows it: a new process
+                # can.
+                self._group.move(slot)
+                return
+            # Who has finished will not be in it either: only the next one can be whole.
         if self._reported_broken < generation.number:
             self._failures = {}
         self._failures[failure.rank] = self._agent.failure_of(slot)

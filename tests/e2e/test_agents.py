@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -152,4 +153,24 @@ def test_an_agent_that_is_cut_off_from_the_store_fences_itself_and_comes_back(
             host.process.send_signal(signal.SIGTERM)
             assert wait(host, other) == [75, 75]
     assert [closed["tier"] for closed in events(run_dir, "incident.closed")[1:]] == ["live"] * 3
+    assert_each_step_once(run_dir)
+
+
+def test_a_node_that_joins_as_the_job_ends_changes_nothing(run_dir: Path, tmp_path: Path) -> None:
+    fifo, port = tmp_path / "fifo", free_port()
+    os.mkfifo(fifo)
+    held = os.open(fifo, os.O_RDWR)
+    command = (TRAIN, f"--linger={fifo}")
+    with agent(port, run_dir, *command) as one:
+        for rank in (0, 1):
+            wait_for([one], lambda line, rank=rank: "final" in line and line["rank"] == rank)
+        with agent(port, run_dir, *command) as other:
+            wait_for([other], lambda line: "started" in line)
+            os.write(held, b"go")
+            assert wait(one, other) == [0, 0], one.output() + other.output()
+    os.close(held)
+    assert [sealed["planned"] for sealed in events(run_dir, "generation.sealed")] == [False, True]
+    assert events(run_dir, "worker.died") == []
+    assert len(events(run_dir, "worker.started")) == 4, "two a node, each once"
+    assert len(events(run_dir, "job.finished")) == 1
     assert_each_step_once(run_dir)

@@ -21,6 +21,7 @@ parser.add_argument("--exit-step", type=int, default=-1)
 parser.add_argument("--raise-step", type=int, default=-1)
 parser.add_argument("--snapshot-every", type=int, default=0)
 parser.add_argument("--once", default="")
+parser.add_argument("--linger", default="", help="a fifo to read a byte from, after the training")
 parser.add_argument("--shard", action="store_true")
 options = parser.parse_args()
 
@@ -85,4 +86,9 @@ def train(job: elastic.Job) -> None:
     report(rank=job.rank, digest=digest.hexdigest(), final=job.step)
 
 
+if options.linger:
+    report(started=True)
 train()
+if options.linger:
+    with open(options.linger, "rb", buffering=0) as fifo:
+        fifo.read(1)
