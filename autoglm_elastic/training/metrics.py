@@ -27,7 +27,11 @@ QUEUE_MAX: Final = 4096
 
 CLOSE_LIMIT_S: Final = 5.0
 
-_Line = tuple[Row, float | None, dict[str, Any]]
+PAUSED_S: Final = 1.5
+"""A line that reaches its idle thread so late was held up with the whole process. Meanwhile the others may have counted
+it as dead and gone on, and whoever returns writes nothing of an older world between their lines."""
+
+_Line = tuple[float, Row, float | None, dict[str, Any]]
 
 
 class StepMetrics:
@@ -98,6 +102,8 @@ class MetricWriter:
         self._log = MetricLog(path)
         self._lines: queue.Queue[_Line | None] = queue.Queue(QUEUE_MAX)
         self.dropped = 0
+        self._free_at = time.monotonic()
+        """When the thread last had nothing to do but to wait for a line."""
         self._thread = threading.Thread(target=self._run, name="autoglm-metrics", daemon=True)
         self._thread.start()
 
@@ -107,7 +113,7 @@ class MetricWriter:
             for key, value in row.values.items()
         }
         try:
-            self._lines.put_nowait((row, loss, kept))
+            self._lines.put_nowait((time.monotonic(), row, loss, kept))
         except queue.Full:
             self.dropped += 1
 
@@ -121,11 +127,17 @@ class MetricWriter:
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            row, loss, values = line
+            queued_at, row, loss, values = line
+            late_s = time.monotonic() - max(queued_at, self._free_at)
+            if late_s > PAUSED_S:
+                self.dropped += 1
+                self._free_at = time.monotonic()
+                continue
             numbers = {
                 key: number for key, value in values.items() if (number := as_number(value)) is not None
             }
             self._log.write(Metric(row.step, row.generation, row.wall_time, loss, row.world_size, numbers))
+            self._free_at = time.monotonic()
         self._log.close()
 
 
