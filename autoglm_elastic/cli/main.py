@@ -136,15 +136,25 @@ def report(
     png: Annotated[
         Path | None, typer.Option(help="Draw the loss curve with the incidents into FILE.")
     ] = None,
+    timeline_png: Annotated[
+        Path | None,
+        typer.Option(
+            "--timeline", help="Draw steps, down time and each incident's phases over the clock into FILE."
+        ),
+    ] = None,
+    each: Annotated[bool, typer.Option("--all", help="Every incident, however many there are.")] = False,
 ) -> None:
     """What a run went through: incidents and their phases, goodput, snapshots."""
-    from autoglm_elastic.observe import events, metrics, plot, text
+    from autoglm_elastic.observe import events, metrics, plot, text, timeline
     from autoglm_elastic.observe import report as room
 
     told = room.build(run)
+    steps = list(metrics.read(run / events.METRICS_NAME)) if png or timeline_png else []
     if png is not None:
-        plot.loss_curve(png, told, list(metrics.read(run / events.METRICS_NAME)))
-    _json(told) if as_json else _lines(text.lines(told))
+        plot.loss_curve(png, told, steps)
+    if timeline_png is not None:
+        timeline.draw(timeline_png, told, steps)
+    _json(told) if as_json else _lines(text.lines(told, each=each))
 
 
 @app.command()

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import msgspec
 
 from autoglm_elastic.observe import _lines
+
+TAIL_BYTES: Final = 1 << 16
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -63,6 +66,17 @@ def parse_line(line: bytes) -> Metric | None:
 def read(path: str | os.PathLike[str]) -> Iterator[Metric]:
     """All metrics in the order of the file. Torn lines and a file that is not there yet are passed over."""
     return _lines.read(path, parse_line)
+
+
+def newest(path: str | os.PathLike[str]) -> Metric | None:
+    """The last line of the file; None where there is none, or it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    return next((metric for line in reversed(lines) if (metric := parse_line(line)) is not None), None)
 
 
 def lineage(metrics: Iterable[Metric]) -> list[Metric]:

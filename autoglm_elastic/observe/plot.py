@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,6 +30,9 @@ _INCIDENT: Final = "#dc2626"
 _GROWTH: Final = "#059669"
 _WORLD: Final = "#93b4e8"
 _DPI: Final = 150
+LABELS_MAX: Final = 8
+"""More incidents than these have no labels: they would hide the curve."""
+
 SMOOTHED_PARTS: Final = 40
 """A long curve is shown as means over a fortieth of it, with the single steps behind: the noise of batches is
 no news."""
@@ -139,9 +143,12 @@ def _mark_incidents(axes: Axes, strip: Axes, report: Report, chain: Sequence[Met
         for item in report.changes
         if item.kind == "growth"
     ]
+    many = len(marks) > LABELS_MAX
     for level, (step, color, label) in enumerate(sorted(marks)):
         for each in (axes, strip):
-            each.axvline(step, color=color, linewidth=1.2, linestyle=(0, (4, 3)), zorder=3)
+            each.axvline(step, color=color, linewidth=0.6 if many else 1.2, linestyle=(0, (4, 3)), zorder=3)
+        if many:
+            continue
         axes.annotate(
             label,
             xy=(step, 0.80 - 0.15 * (level % 3)),
@@ -154,6 +161,12 @@ def _mark_incidents(axes: Axes, strip: Axes, report: Report, chain: Sequence[Met
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
             zorder=5,
         )
+    if many:
+        told = {_INCIDENT: "incident", _GROWTH: "growth"}
+        for color, number in Counter(color for _, color, _ in marks).items():
+            axes.plot(
+                [], [], color=color, linewidth=1, linestyle=(0, (4, 3)), label=count(number, told[color])
+            )
 
 
 def _mark_snapshots(axes: Axes, report: Report, chain: Sequence[Metric]) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -131,3 +131,11 @@ def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
+
+
+def alive(agents: Iterable[Agent]) -> bool | None:
+    """Whether one of them is; None when those that may be are on other machines."""
+    seen = {agent.alive for agent in agents}
+    if True in seen:
+        return True
+    return None if None in seen else False

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import msgspec
 
 from autoglm_elastic.errors import UsageError
-from autoglm_elastic.observe import events, metrics
+from autoglm_elastic.observe import events, metrics, presence
 from autoglm_elastic.observe.events import EVENTS_NAME, METRICS_NAME, EventRecord
 from autoglm_elastic.observe.metrics import Metric
 
@@ -99,7 +99,8 @@ class Report(msgspec.Struct, kw_only=True):
     """All that `autoglm report` tells. Goodput: see `goodput`."""
 
     run_id: str
-    status: Literal["running", "done", "failed", "stopped"]
+    status: Literal["running", "done", "failed", "stopped", "cut off"]
+    """cut off: it has not ended, and no agent is left."""
     reason: str
     started: float
     ended: float
@@ -131,7 +132,10 @@ def build(run_dir: str | os.PathLike[str]) -> Report:
             valid="the run directory of a job (autoglm-run --run-dir)",
             do=f"ls {root}",
         )
-    return from_records(list(events.read(root / EVENTS_NAME)), list(metrics.read(root / METRICS_NAME)))
+    told = from_records(list(events.read(root / EVENTS_NAME)), list(metrics.read(root / METRICS_NAME)))
+    if told.status == "running" and presence.alive(presence.read(root)) is False:
+        told.status = "cut off"
+    return told
 
 
 def from_records(records: Sequence[EventRecord], steps: Sequence[Metric]) -> Report:

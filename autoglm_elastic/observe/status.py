@@ -110,7 +110,7 @@ class RunDirectorySource:
             self._follower.read_all()
             seen = self._follower.view.wall_time
             agents = presence.read(self._run_dir)
-            alive = _alive(agents)
+            alive = presence.alive(agents)
             # An agent that began or ended between the two looks has written a line.
             self._follower.read_all()
             if alive or self._follower.view.wall_time == seen:
@@ -165,12 +165,6 @@ def _of_view(view: RunView, agents: list[presence.Agent], alive: bool | None, me
         agents=agents,
         messages=[message.text for message in list(view.messages)[-messages:]],
     )
-
-
-def _alive(agents: list[presence.Agent]) -> bool | None:
-    if any(agent.alive for agent in agents):
-        return True
-    return None if any(agent.alive is None for agent in agents) else False
 
 
 def _by_its_log_alone(status: Status) -> str:

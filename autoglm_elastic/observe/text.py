@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+from typing import Final
+
 from autoglm_elastic.observe.events import PHASES
 from autoglm_elastic.observe.report import Change, Incident, Report
+
+INCIDENTS_SHOWN: Final = 10
+"""Of more than these, what they have in common is told, and only the slowest and the newest one by one."""
+
+FEW: Final = 3
 
 
 def duration(seconds: float | None) -> str:
@@ -60,6 +69,61 @@ def incident(item: Incident, number: int, started: float) -> list[str]:
     return lines
 
 
+def incidents(report: Report, *, each: bool) -> list[str]:
+    """All of them one by one when there are few, or when `each`."""
+    numbered = list(enumerate(report.incidents, start=1))
+    out = [count(len(numbered), "incident")]
+    if not each and len(numbered) > INCIDENTS_SHOWN:
+        out += _in_common(report.incidents)
+        slow = sorted(numbered, key=lambda pair: pair[1].seconds or 0.0)[-FEW:]
+        shown = {number for number, item in [*slow, *numbered[-FEW:]]}
+        shown |= {number for number, item in numbered if item.steps_lost or item.closed is None}
+        if len(shown) > INCIDENTS_SHOWN:
+            shown = set(sorted(shown)[-INCIDENTS_SHOWN:])
+        numbered = [(number, item) for number, item in numbered if number in shown]
+        out.append(f"the slowest, the newest and those that cost steps ({len(numbered)}; --all shows each):")
+    for number, item in numbered:
+        out += incident(item, number, report.started)
+    return out
+
+
+def _in_common(items: Sequence[Incident]) -> list[str]:
+    """A line for each kind of outcome, and the median phases."""
+    kinds: dict[str, list[Incident]] = {}
+    for item in items:
+        kinds.setdefault(_kind(item), []).append(item)
+    out = []
+    for kind, group in kinds.items():
+        seconds = [item.seconds for item in group if item.seconds is not None]
+        lost = sum(item.steps_lost or 0 for item in group)
+        took = (
+            f": median {duration(statistics.median(seconds))}, worst {duration(max(seconds))}, "
+            f"{count(lost, 'step')} lost"
+            if seconds
+            else ""
+        )
+        out.append(f"  {len(group)}x {kind}{took}")
+    names = {name for item in items for name in item.phases_s}
+    medians = {
+        name: statistics.median([item.phases_s[name] for item in items if name in item.phases_s])
+        for name in names
+    }
+    return [*out, f"  median phases: {phases(medians)}"] if medians else out
+
+
+def _kind(item: Incident) -> str:
+    if item.closed is None:
+        return "not recovered from"
+    before, after = item.world_before, item.world_after
+    if before is None or after is None:
+        world = "world not known"
+    elif after < before:
+        world = "went on with fewer workers"
+    else:
+        world = "went on with as many workers" if after == before else "went on with more workers"
+    return f"{world}, state {item.tier}"
+
+
 def change(item: Change, started: float) -> str:
     world = f"{item.world_before or '?'} → {item.world_after or '?'} workers"
     steps = "steps" if item.from_step < 0 else f"after step {item.from_step}"
@@ -68,8 +132,8 @@ def change(item: Change, started: float) -> str:
     return f"  at {duration(item.committed - started)}: resumed {steps}, {item.world_after or '?'} workers"
 
 
-def lines(report: Report) -> list[str]:
-    """The whole report."""
+def lines(report: Report, *, each: bool = False) -> list[str]:
+    """The whole report. `each`: every incident by itself, however many there are."""
     loss = "" if report.loss is None else f", loss {report.loss:.4f}"
     out = [
         f"run {report.run_id or '?'}: {report.status}{f' ({report.reason})' if report.reason else ''},"
@@ -82,13 +146,14 @@ def lines(report: Report) -> list[str]:
             f" {count(report.steps_committed, 'committed step')} of {duration(report.wall_s)}{startup};"
             f" {count(report.steps_redone, 'step')} redone"
         )
-    out.append(f"{count(len(report.incidents), 'incident')}")
-    for number, item in enumerate(report.incidents, start=1):
-        out += incident(item, number, report.started)
+    out += incidents(report, each=each)
     changes = [item for item in report.changes if item.kind != "start"]
     if changes:
         out.append(f"{count(len(changes), 'change')} without a fault")
-        out += [change(item, report.started) for item in changes]
+        shown = changes if each else changes[-INCIDENTS_SHOWN:]
+        out += [change(item, report.started) for item in shown]
+        if len(shown) < len(changes):
+            out.append(f"  (the newest {len(shown)})")
     committed = [note for note in report.snapshots if note.outcome == "committed"]
     snapshots = count(len(committed), "snapshot") + " committed"
     if committed:
@@ -96,9 +161,11 @@ def lines(report: Report) -> list[str]:
         newest = committed[-1]
         snapshots += f", newest at step {newest.step} ({size(newest.nbytes)}), median {duration(seconds)}"
     out.append(snapshots)
+    vain = [note for note in report.snapshots if note.outcome != "committed"]
+    if not each and len(vain) > INCIDENTS_SHOWN:
+        out.append(f"  {len(vain)} others, the newest {INCIDENTS_SHOWN}:")
+        vain = vain[-INCIDENTS_SHOWN:]
     out += [
-        f"  {note.outcome}: {note.entry or f'step {note.step}'}: {shortened(note.reason)}"
-        for note in report.snapshots
-        if note.outcome != "committed"
+        f"  {note.outcome}: {note.entry or f'step {note.step}'}: {shortened(note.reason)}" for note in vain
     ]
     return out

@@ -27,7 +27,7 @@ _NO: Final = b"0"
 class Held:
     """What one rank brings along. `job`: seed and cursors; `seed`: of its torch; `names`: what it tracks;
     `shards`: how many make up its sharded state; `unwritten`: lineage records that the disk did not take;
-    `followed`: the generation whose plan it last followed, -1 for none."""
+    `followed`: the generation whose plan it last followed, -1 for none; `lines`: the last metrics that it knows."""
 
     holding: Holding
     job: dict[str, Any]
@@ -36,13 +36,15 @@ class Held:
     shards: int = 0
     unwritten: tuple[dict[str, Any], ...] = ()
     followed: int = -1
+    lines: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for
     a state from disk its `entry` and `layouts`. `unwritten`: lineage records that the disk did not take,
-    oldest first: no snapshot is committed before they are written."""
+    oldest first: no snapshot is committed before they are written. `lines`: on rank 0, the last metrics of a live
+    state, as its holders know them."""
 
     plan: Plan
     job: dict[str, Any]
@@ -51,6 +53,7 @@ class Agreement:
     holders: tuple[int, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
     unwritten: tuple[dict[str, Any], ...] = ()
+    lines: tuple[dict[str, Any], ...] = ()
 
 
 class Stored:
@@ -102,7 +105,8 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
         stored.settle()
         store.multi_get([f"settled/{other}" for other in range(1, world_size)])
     agreement = decide(world_size, generation, everybody, stored)
-    told = asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
+    told = asdict(replace(agreement, lines=()))
+    told |= {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
     store.set("plan", msgspec.json.encode(told))
     return agreement
 
@@ -152,7 +156,10 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
         holders = _holders(plan, held, source.shards) if source.holding.sharded else ()
-        return Agreement(plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten)
+        lines = tuple(line for one in held for line in one.lines)
+        return Agreement(
+            plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten, lines=lines
+        )
     if plan.tier == "disk":
         job, layouts = dict(opened["job"]), dict(opened["layouts"])
         return Agreement(plan, job, entry=entry, layouts=layouts, unwritten=unwritten)
@@ -282,6 +289,7 @@ def _held(data: dict[str, Any]) -> Held:
         data["shards"],
         tuple(data["unwritten"]),
         data["followed"],
+        tuple(data["lines"]),
     )
 
 

@@ -1,7 +1,8 @@
 """`RUN/metrics.jsonl`: which steps committed, and what their metrics were. Rank 0 writes it.
 
 From a thread of its own, so that logging never makes training wait or fail: what its queue cannot take is
-dropped and counted.
+dropped and counted. Rank 0 may die with a line that it had not written, so every rank keeps its last few and
+tells them when the next generation begins; its rank 0 writes those that are not in the file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +22,7 @@ import msgspec
 import torch
 
 from autoglm_elastic.observe.events import METRICS_NAME
-from autoglm_elastic.observe.metrics import Metric, MetricLog
+from autoglm_elastic.observe.metrics import Metric, MetricLog, newest
 from autoglm_elastic.training.rows import Row, Rows, Told
 
 QUEUE_MAX: Final = 4096
@@ -31,7 +34,19 @@ PAUSED_S: Final = 1.5
 """A line that reaches its idle thread so late was held up with the whole process. Meanwhile the others may have counted
 it as dead and gone on, and whoever returns writes nothing of an older world between their lines."""
 
-_Line = tuple[float, Row, float | None, dict[str, Any]]
+KEPT: Final = 4
+"""Lines that every rank keeps, should rank 0 die before they are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """`inherited`: of an older world, whose rank 0 may have written it."""
+
+    queued_at: float
+    row: Row
+    loss: float | None
+    values: dict[str, Any]
+    inherited: bool
 
 
 class StepMetrics:
@@ -45,16 +60,44 @@ class StepMetrics:
     def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._writer: MetricWriter | None = None
+        self._kept: deque[Metric] = deque(maxlen=KEPT)
+        self._generation = -1
         self.rows = Rows(self._write)
         self.loss = math.nan
 
-    def enter(self, rank: int, step: int, generation: int, *, live: bool) -> None:
-        """A generation begins in which this process is `rank`; it goes on after `step` of `generation`."""
+    def lines(self) -> tuple[dict[str, Any], ...]:
+        """What this rank knows of the last lines, as JSON: rank 0 may not have written them."""
+        waiting = [as_metric(row, loss) for row, loss in self.rows.passed()]
+        return tuple(msgspec.to_builtins(line) for line in [*self._kept, *waiting])
+
+    def enter(
+        self,
+        generation: int,
+        rank: int,
+        after: tuple[int, int],
+        *,
+        live: bool,
+        told: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """`generation` begins, in which this process is `rank`.
+
+        Args:
+            after: (generation, step) that it goes on from.
+            live: from what its ranks held.
+            told: what `lines` gave on them.
+        """
+        self._generation = generation
         if rank != 0:
             self._close_writer()
         elif self._writer is None and self._run_dir is not None:
             self._writer = MetricWriter(self._run_dir / METRICS_NAME)
-        self.rows.enter(step, generation, time.time(), first=rank == 0, live=live)
+        if live and self._writer is not None:
+            self._writer.inherit(
+                line
+                for line in _in_order(told)
+                if (line.generation, line.step) <= after and line.step < after[1]
+            )
+        self.rows.enter(after[1], after[0], time.time(), first=rank == 0, live=live)
 
     def committed(self, row: Row, values: Mapping[str, Any], loss_sums: Sequence[float] | None) -> None:
         """A step has committed; `loss_sums` came with it."""
@@ -71,8 +114,9 @@ class StepMetrics:
 
     def _write(self, row: Row, loss: float | None) -> None:
         self.loss = math.nan if loss is None else loss
+        self._kept.append(as_metric(row, loss))
         if self._writer is not None:
-            self._writer.write(row, loss)
+            self._writer.write(row, loss, inherited=row.generation != self._generation)
 
     def _close_writer(self) -> None:
         if self._writer is not None:
@@ -99,6 +143,7 @@ class MetricWriter:
     """`write` never blocks on the disk or on a device."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._log = MetricLog(path)
         self._lines: queue.Queue[_Line | None] = queue.Queue(QUEUE_MAX)
         self.dropped = 0
@@ -107,15 +152,22 @@ class MetricWriter:
         self._thread = threading.Thread(target=self._run, name="autoglm-metrics", daemon=True)
         self._thread.start()
 
-    def write(self, row: Row, loss: float | None) -> None:
+    def write(self, row: Row, loss: float | None, *, inherited: bool = False) -> None:
+        """`inherited`: of an older world; not written when the file has it, or a later one."""
         kept = {
             key: value.detach() if isinstance(value, torch.Tensor) else value
             for key, value in row.values.items()
         }
         try:
-            self._lines.put_nowait((time.monotonic(), row, loss, kept))
+            self._lines.put_nowait(_Line(time.monotonic(), row, loss, kept, inherited))
         except queue.Full:
             self.dropped += 1
+
+    def inherit(self, lines: Iterable[Metric]) -> None:
+        """Of an older world, in order."""
+        for line in lines:
+            row = Row(line.step, line.generation, line.wall_time, line.world_size, line.values)
+            self.write(row, line.loss, inherited=True)
 
     def close(self) -> None:
         """Everything written, if the disk takes it within `CLOSE_LIMIT_S`."""
@@ -127,18 +179,46 @@ class MetricWriter:
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            queued_at, row, loss, values = line
-            late_s = time.monotonic() - max(queued_at, self._free_at)
+            late_s = time.monotonic() - max(line.queued_at, self._free_at)
             if late_s > PAUSED_S:
                 self.dropped += 1
-                self._free_at = time.monotonic()
-                continue
-            numbers = {
-                key: number for key, value in values.items() if (number := as_number(value)) is not None
-            }
-            self._log.write(Metric(row.step, row.generation, row.wall_time, loss, row.world_size, numbers))
+            elif not line.inherited or self._is_new(line.row):
+                row = line.row
+                numbers = {
+                    key: number
+                    for key, value in line.values.items()
+                    if (number := as_number(value)) is not None
+                }
+                self._log.write(
+                    Metric(row.step, row.generation, row.wall_time, line.loss, row.world_size, numbers)
+                )
             self._free_at = time.monotonic()
         self._log.close()
+
+    def _is_new(self, row: Row) -> bool:
+        last = newest(self._path)
+        return last is None or (row.generation, row.step) > (last.generation, last.step)
+
+
+def as_metric(row: Row, loss: float | None) -> Metric:
+    """The line of `row`, without values that are on a device: nobody waits for them."""
+    numbers = {
+        key: number
+        for key, value in row.values.items()
+        if not (isinstance(value, torch.Tensor) and value.is_cuda)
+        and (number := as_number(value)) is not None
+    }
+    return Metric(row.step, row.generation, row.wall_time, loss, row.world_size, numbers)
+
+
+def _in_order(told: Iterable[Mapping[str, Any]]) -> list[Metric]:
+    """By generation and step; of several of one step the one that knows the loss."""
+    lines: dict[tuple[int, int], Metric] = {}
+    for line in (msgspec.convert(data, Metric) for data in told):
+        key = (line.generation, line.step)
+        if key not in lines or lines[key].loss is None:
+            lines[key] = line
+    return [lines[key] for key in sorted(lines)]
 
 
 def as_number(value: Any) -> float | None:

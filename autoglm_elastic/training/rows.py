@@ -112,6 +112,11 @@ class Rows:
         if live and first and not here and step > 0:
             self._waiting.append(Row(step, generation, wall_time, 0))
 
+    def passed(self) -> list[tuple[Row, float | None]]:
+        """The waiting rows before the newest, and their losses where this rank alone knows them: another rank
+        may have not heard of the step after them."""
+        return [(row, self._alone(row)) for row in list(self._waiting)[:-1]]
+
     def tell(self) -> Told:
         """What this rank still has, for the end of the job."""
         told: Told = []
@@ -132,14 +137,16 @@ class Rows:
         for row in list(self._waiting):
             self._settle(row, _mean(*sums.get(row.step, (0.0, 0.0))))
 
+    @staticmethod
+    def _alone(row: Row) -> float | None:
+        return _mean(*row.numbers()) if row.share >= 1.0 else None
+
     def _settle(self, row: Row, mean: float | None) -> None:
         """Write `row`; those before it that are still here will not be known any more."""
         while self._waiting:
             oldest = self._waiting.popleft()
             known = mean if oldest is row else None
-            if known is None and oldest.share >= 1.0:
-                known = _mean(*oldest.numbers())
-            self._write(oldest, known)
+            self._write(oldest, self._alone(oldest) if known is None else known)
             if oldest is row:
                 return
 

@@ -244,6 +244,7 @@ class Session:
             size,
             self._unwritten,
             self.state.followed,
+            self.metrics.lines(),
         )
 
     def _begin(self, world: wire.World, agreement: Agreement) -> None:
@@ -274,7 +275,13 @@ class Session:
             torch.set_rng_state(self._random)
         if world.rank == 0:
             self._emit("plan.decided", as_event(plan, world.generation))
-        self.metrics.enter(world.rank, self.state.step, self.state.generation, live=plan.tier == "live")
+        self.metrics.enter(
+            world.generation,
+            world.rank,
+            (self.state.generation, self.state.step),
+            live=plan.tier == "live",
+            told=agreement.lines,
+        )
         self._note(wire.RankState.RUNNING)
 
     def _finish(self, job: Job, groups: Groups) -> None:

@@ -125,8 +125,12 @@ class State:
 
     @property
     def holds(self) -> bool:
-        """Whether this process holds a whole state of `step`, from which others could resume."""
-        return bool(self._objects) and not self.dirty and not self._awaited
+        """Whether this process holds a whole state of `step`, from which others could resume.
+
+        Before the first commit nobody knows whether all is tracked that will be; and nothing is lost by a new
+        beginning.
+        """
+        return self.step > 0 and bool(self._objects) and not self.dirty and not self._awaited
 
     @property
     def names(self) -> list[str]:

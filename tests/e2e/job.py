@@ -22,19 +22,20 @@ Line = dict[str, Any]
 
 class Job:
     """One agent process. `reports` are the JSON lines so far, `text` everything else that was printed. `prefix`: a
-    command that becomes the one after it, in another place."""
+    command that becomes the one after it, in another place. `module`: of another launcher."""
 
     def __init__(
         self,
         *arguments: str | os.PathLike[str],
         env: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
+        module: str = "autoglm_elastic.cli.run",
     ) -> None:
         self.reports: list[Line] = []
         self.text: list[str] = []
         self._buffer = b""
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "autoglm_elastic.cli.run", *map(os.fspath, arguments)],
+            [*prefix, sys.executable, "-m", module, *map(os.fspath, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -94,16 +95,16 @@ class Job:
         """Step numbers in the order that rank 0 committed them."""
         return [line["step"] for line in self.reports if line.get("rank") == 0 and "step" in line]
 
-    def read(self) -> None:
-        """Take in what has been printed so far; never waits."""
-        self._read(0.0)
+    def read(self) -> bool:
+        """Take in what has been printed so far; never waits. False at the end of its output."""
+        return self._read(0.0)
 
     def _read(self, timeout_s: float) -> bool:
         if self.process.stdout is None:
             return False
         ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, timeout_s))
         if not ready:
-            return timeout_s > 0
+            return True
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         if not data:
             return False

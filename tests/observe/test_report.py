@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from sample import START, STEP_S, write
 
 from autoglm_elastic.errors import UsageError
-from autoglm_elastic.observe import events, metrics, plot, report, text
+from autoglm_elastic.observe import events, metrics, plot, presence, report, text, timeline
 from autoglm_elastic.observe.metrics import Metric, MetricLog
 
 
@@ -65,8 +66,10 @@ def test_several_agents_report_one_incident_once(tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_over_and_one_that_failed(tmp_path: Path) -> None:
     write(tmp_path, until_step=40)
-    running = report.build(tmp_path)
+    with presence.declared(tmp_path, "node-a"):
+        running = report.build(tmp_path)
     assert (running.status, running.step) == ("running", 40)
+    assert report.build(tmp_path).status == "cut off"
     log = events.EventLog(tmp_path / events.EVENTS_NAME, source="a")
     log.emit(events.IncidentOpened(id=4, reason="rank 1: ValueError"), wall_time=START + 100)
     log.emit(events.JobFailed(reason="rank 1: ValueError: no"), wall_time=START + 101)
@@ -114,6 +117,40 @@ def test_the_picture_is_a_picture(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
     assert len(data) > 20_000
+
+
+def many(tmp_path: Path, incidents: int) -> report.Report:
+    """The recorded run, as if its first incident had come so often; the second one is as it was."""
+    write(tmp_path)
+    told = report.build(tmp_path)
+    first, second = told.incidents
+    told.incidents = [msgspec.structs.replace(first, opened=START + 3 + each) for each in range(incidents)]
+    told.incidents.append(second)
+    return told
+
+
+def test_many_incidents_are_told_by_what_they_have_in_common(tmp_path: Path) -> None:
+    told = many(tmp_path, 50)
+    lines = text.lines(told)
+    assert len(lines) < 35
+    assert "51 incidents" in lines
+    assert (
+        "  50x went on with as many workers, state live: median 194 ms, worst 194 ms, 0 steps lost" in lines
+    )
+    assert any(line.startswith("  1x went on with fewer workers") and "1 step lost" in line for line in lines)
+    assert any(line.startswith("  51. ") for line in lines), "what cost a step is told by itself"
+    every = text.lines(told, each=True)
+    assert all(any(line.startswith(f"  {number}. ") for line in every) for number in range(1, 52))
+
+
+@pytest.mark.parametrize("incidents", [0, 1, 200])
+def test_the_timeline_is_a_picture(tmp_path: Path, incidents: int) -> None:
+    pytest.importorskip("matplotlib")
+    told = many(tmp_path, incidents)
+    steps = list(metrics.read(tmp_path / events.METRICS_NAME))
+    assert timeline.draw(tmp_path / "timeline.png", told, steps).read_bytes().startswith(b"\x89PNG")
+    assert plot.loss_curve(tmp_path / "loss.png", told, steps).stat().st_size > 20_000
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["loss.png", "timeline.png"]
 
 
 def test_a_run_without_losses_has_no_picture(tmp_path: Path) -> None:

@@ -158,13 +158,20 @@ class Cluster:
         return self._stores[generation]
 
     def reform(
-        self, *, add: int = 0, remove: Sequence[Worker] = (), planned: bool = False, reason: str = "test"
+        self,
+        *,
+        add: int = 0,
+        remove: Sequence[Worker] = (),
+        planned: bool = False,
+        reason: str = "test",
+        newcomers_first: bool = False,
     ) -> None:
-        """The next generation: who is alive keeps the order, newcomers come last."""
+        """The next generation: who is alive keeps the order, newcomers come last, or first."""
         self.generation += 1
         store = self.store_for(self.generation)
         self.alive = [worker for worker in self.alive if worker not in remove]
-        self.alive += [self._spawn() for _ in range(add)]
+        newcomers = [self._spawn() for _ in range(add)]
+        self.alive = [*newcomers, *self.alive] if newcomers_first else [*self.alive, *newcomers]
         for rank, worker in enumerate(self.alive):
             self._send_world(worker, rank, len(self.alive), store.port, planned, reason)
         self.store_for(self.generation + 1)

@@ -404,6 +404,34 @@ def many_kinds(steps: int, untracked: bool = False) -> None:
     function()
 
 
+def tracked_one_by_one(steps: int) -> None:
+    """In the first generation rank 0 waits to be killed, and the others for it, with one of three objects tracked."""
+
+    @elastic.run
+    def function(job: elastic.Job) -> None:
+        torch.manual_seed(3)
+        model = job.replicate(nn.Linear(4, 4))
+        optim = torch.optim.AdamW(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optim, 2, gamma=0.5)
+        job.track(model=model)
+        if job.generation == 0:
+            say(tracked=1)
+            if job.rank == 0:
+                stop_here(holding=0)
+            dist.barrier()
+        job.track(optim=optim)
+        job.track(scheduler=scheduler)
+        while job.step < steps:
+            model(torch.randn(2, 4)).pow(2).mean().backward()
+            optim.step()
+            optim.zero_grad()
+            scheduler.step()
+            job.commit()
+        say(result={"digest": digest(dict(model.named_parameters())), "tier": job.tier})
+
+    function()
+
+
 def only_replicated(steps: int) -> None:
     """Never calls track."""
     entered = 0

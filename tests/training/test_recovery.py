@@ -72,6 +72,22 @@ def test_rank_0_may_die_too(zygote: Zygote, tmp_path: Path) -> None:
     assert {r["digest"] for r in results} == {r["digest"] for r in calm}
 
 
+@pytest.mark.parametrize("newcomers", [0, 1])
+def test_a_death_while_the_first_things_are_tracked_begins_anew(
+    zygote: Zygote, tmp_path: Path, newcomers: int
+) -> None:
+    with Cluster(zygote, tmp_path, "tracked_one_by_one", {"steps": 3}) as cluster:
+        cluster.start(3)
+        for worker in cluster.alive:
+            cluster.wait_said(worker, tracked=1)
+        cluster.kill(cluster.alive[0])
+        cluster.reform(add=newcomers)
+        cluster.wait_exits()
+        results = cluster.results()
+    assert {r["tier"] for r in results} == {"fresh"}
+    assert len({r["digest"] for r in results}) == 1
+
+
 def test_four_three_two_four(zygote: Zygote, tmp_path: Path) -> None:
     """Every sample once an epoch, the same result, at any sequence of worlds; a planned world loses
     nothing."""
