@@ -19,6 +19,9 @@ from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, P
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.training.outcomes import MisuseError
 
+LINES_MAX: Final = 8
+"""Metrics told to all ranks: more can only be of worlds that were left."""
+
 _YES: Final = b"1"
 _NO: Final = b"0"
 
@@ -43,8 +46,8 @@ class Held:
 class Agreement:
     """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for
     a state from disk its `entry` and `layouts`. `unwritten`: lineage records that the disk did not take,
-    oldest first: no snapshot is committed before they are written. `lines`: on rank 0, the last metrics of a live
-    state, as its holders know them."""
+    oldest first: no snapshot is committed before they are written. `lines`: the last metrics of a live state, as its
+    holders know them, oldest first."""
 
     plan: Plan
     job: dict[str, Any]
@@ -105,8 +108,7 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
         stored.settle()
         store.multi_get([f"settled/{other}" for other in range(1, world_size)])
     agreement = decide(world_size, generation, everybody, stored)
-    told = asdict(replace(agreement, lines=()))
-    told |= {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
+    told = asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
     store.set("plan", msgspec.json.encode(told))
     return agreement
 
@@ -156,9 +158,13 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     if plan.tier == "live" and plan.source_rank is not None:
         source = held[plan.source_rank]
         holders = _holders(plan, held, source.shards) if source.holding.sharded else ()
-        lines = tuple(line for one in held for line in one.lines)
         return Agreement(
-            plan, source.job, frozenset(source.names), holders=holders, unwritten=unwritten, lines=lines
+            plan,
+            source.job,
+            frozenset(source.names),
+            holders=holders,
+            unwritten=unwritten,
+            lines=_last_lines(held),
         )
     if plan.tier == "disk":
         job, layouts = dict(opened["job"]), dict(opened["layouts"])
@@ -252,6 +258,16 @@ def _holders(plan: Plan, held: list[Held], shards: int) -> tuple[int, ...]:
     return tuple(holds[f"{shard}/{shards}"] for shard in range(shards))
 
 
+def _last_lines(held: Sequence[Held]) -> tuple[dict[str, Any], ...]:
+    """Of several of one step the one that knows the loss."""
+    known: dict[tuple[int, int], dict[str, Any]] = {}
+    for line in (line for one in held for line in one.lines):
+        key = (line["generation"], line["step"])
+        if key not in known or known[key]["loss"] is None:
+            known[key] = line
+    return tuple(known[key] for key in sorted(known)[-LINES_MAX:])
+
+
 def _resuming_from(entry: str, plan: Plan) -> Plan:
     """The plan names the newest candidate's step; the one that did verify may be an older one."""
     fact = parse_entry_name(entry)
@@ -303,4 +319,5 @@ def _from_json(data: dict[str, Any]) -> Agreement:
         tuple(data["holders"]),
         data["layouts"],
         tuple(data["unwritten"]),
+        tuple(data["lines"]),
     )

@@ -11,7 +11,6 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,14 +59,14 @@ class StepMetrics:
     def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
         self._writer: MetricWriter | None = None
-        self._kept: deque[Metric] = deque(maxlen=KEPT)
+        self._kept: list[Metric] = []
         self._generation = -1
         self.rows = Rows(self._write)
         self.loss = math.nan
 
     def lines(self) -> tuple[dict[str, Any], ...]:
-        """What this rank knows of the last lines, as JSON: rank 0 may not have written them."""
-        waiting = [as_metric(row, loss) for row, loss in self.rows.passed()]
+        """What this rank knows of the last lines, oldest first, as JSON: rank 0 may not have written them."""
+        waiting = [as_metric(row, loss) for row, loss in self.rows.known()]
         return tuple(msgspec.to_builtins(line) for line in [*self._kept, *waiting])
 
     def enter(
@@ -84,20 +83,21 @@ class StepMetrics:
         Args:
             after: (generation, step) that it goes on from.
             live: from what its ranks held.
-            told: what `lines` gave on them.
+            told: what `lines` gave on them, each step once, oldest first.
         """
         self._generation = generation
         if rank != 0:
             self._close_writer()
         elif self._writer is None and self._run_dir is not None:
             self._writer = MetricWriter(self._run_dir / METRICS_NAME)
-        if live and self._writer is not None:
-            self._writer.inherit(
-                line
-                for line in _in_order(told)
-                if (line.generation, line.step) <= after and line.step < after[1]
-            )
-        self.rows.enter(after[1], after[0], time.time(), first=rank == 0, live=live)
+        newest = Row(after[1], after[0], time.time(), 0) if live and after[1] > 0 else None
+        for line in (msgspec.convert(data, Metric) for data in told):
+            row = Row(line.step, line.generation, line.wall_time, line.world_size, line.values)
+            if (line.generation, line.step) == after:
+                newest = row
+            elif (line.generation, line.step) < after and line.step < after[1]:
+                self._write(row, line.loss)
+        self.rows.enter(newest)
 
     def committed(self, row: Row, values: Mapping[str, Any], loss_sums: Sequence[float] | None) -> None:
         """A step has committed; `loss_sums` came with it."""
@@ -114,7 +114,9 @@ class StepMetrics:
 
     def _write(self, row: Row, loss: float | None) -> None:
         self.loss = math.nan if loss is None else loss
-        self._kept.append(as_metric(row, loss))
+        line = as_metric(row, loss)
+        known = [kept for kept in self._kept if (kept.generation, kept.step) < (line.generation, line.step)]
+        self._kept = [*known, line][-KEPT:]
         if self._writer is not None:
             self._writer.write(row, loss, inherited=row.generation != self._generation)
 
@@ -163,12 +165,6 @@ class MetricWriter:
         except queue.Full:
             self.dropped += 1
 
-    def inherit(self, lines: Iterable[Metric]) -> None:
-        """Of an older world, in order."""
-        for line in lines:
-            row = Row(line.step, line.generation, line.wall_time, line.world_size, line.values)
-            self.write(row, line.loss, inherited=True)
-
     def close(self) -> None:
         """Everything written, if the disk takes it within `CLOSE_LIMIT_S`."""
         try:
@@ -209,16 +205,6 @@ def as_metric(row: Row, loss: float | None) -> Metric:
         and (number := as_number(value)) is not None
     }
     return Metric(row.step, row.generation, row.wall_time, loss, row.world_size, numbers)
-
-
-def _in_order(told: Iterable[Mapping[str, Any]]) -> list[Metric]:
-    """By generation and step; of several of one step the one that knows the loss."""
-    lines: dict[tuple[int, int], Metric] = {}
-    for line in (msgspec.convert(data, Metric) for data in told):
-        key = (line.generation, line.step)
-        if key not in lines or lines[key].loss is None:
-            lines[key] = line
-    return [lines[key] for key in sorted(lines)]
 
 
 def as_number(value: Any) -> float | None:

@@ -97,25 +97,24 @@ class Rows:
         if sent is not None and sent in self._waiting:
             self._settle(sent, _mean(*sums))
 
-    def enter(self, step: int, generation: int, wall_time: float, *, first: bool, live: bool) -> None:
-        """At `wall_time` a new generation begins, after `step` of `generation`.
-
-        Args:
-            first: we are its rank 0.
-            live: the loss of `step` can still be told, by those who committed it and are still there.
-        """
+    def enter(self, newest: Row | None) -> None:
+        """A new generation begins, after the step of `newest`, whose loss can still be told by those who committed it
+        and are still there; None: not live. Every rank waits for it: rank 0 may die before it is written."""
         self._sent = None
-        row = self._waiting[-1] if self._waiting else None
-        here = live and row is not None and (row.step, row.generation) == (step, generation)
+        mine = self._waiting[-1] if self._waiting else None
+        here = (
+            newest is not None
+            and mine is not None
+            and (mine.step, mine.generation) == (newest.step, newest.generation)
+        )
         for old in list(self._waiting)[: -1 if here else None]:
             self._settle(old, None)
-        if live and first and not here and step > 0:
-            self._waiting.append(Row(step, generation, wall_time, 0))
+        if newest is not None and not here:
+            self._waiting.append(newest)
 
-    def passed(self) -> list[tuple[Row, float | None]]:
-        """The waiting rows before the newest, and their losses where this rank alone knows them: another rank
-        may have not heard of the step after them."""
-        return [(row, self._alone(row)) for row in list(self._waiting)[:-1]]
+    def known(self) -> list[tuple[Row, float | None]]:
+        """The waiting rows, and their losses where this rank alone knows them."""
+        return [(row, self._alone(row)) for row in self._waiting]
 
     def tell(self) -> Told:
         """What this rank still has, for the end of the job."""
