@@ -9,6 +9,17 @@ from autoglm_elastic.coordination.client import StoreClient
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.coordination.embedded import StoreServer
 from autoglm_elastic.coordination.memory import MemoryStore
-from autoglm_elastic.coordination.refusals import LeaseGone, StoreRefused
+from autoglm_elastic.coordination.refusals import LeaseGone, StoreDenied, StoreRefused
+from autoglm_elastic.coordination.tls import Credentials, TlsFiles
 
-__all__ = ["LeaseGone", "MemoryStore", "StoreClient", "StoreRefused", "StoreServer", "SystemClock"]
+__all__ = [
+    "Credentials",
+    "LeaseGone",
+    "MemoryStore",
+    "StoreClient",
+    "StoreDenied",
+    "StoreRefused",
+    "StoreServer",
+    "SystemClock",
+    "TlsFiles",
+]

@@ -16,10 +16,11 @@ from typing import Any, Final
 
 from autoglm_elastic.coordination import _protocol as wire
 from autoglm_elastic.coordination import limits
-from autoglm_elastic.coordination._channel import Channel
+from autoglm_elastic.coordination._channel import Channel, Security
 from autoglm_elastic.coordination._client_watch import ClientWatch
 from autoglm_elastic.coordination.clock import SystemClock
-from autoglm_elastic.coordination.refusals import StoreRefused, refusal
+from autoglm_elastic.coordination.refusals import StoreDenied, StoreRefused, refusal
+from autoglm_elastic.coordination.tls import Credentials
 from autoglm_elastic.errors import PlatformError
 from autoglm_elastic.ports import (
     Clock,
@@ -64,10 +65,13 @@ class StoreClient:
         seen at once. on_connection: called from the client's thread with False when the connection is lost
         and True when it is back;
             must not call the store.
+        credentials: None speaks plain. peer_name: what the server's certificate must be made out to, where
+            `credentials` does not say it; default: `host`.
 
     Raises:
         StoreUnavailable: nobody answers there within `timeout_s`.
         PlatformError: somebody does, but it is no store of ours, or not of this run.
+        StoreDenied: one of us does not accept the other's certificate.
     """
 
     def __init__(
@@ -79,8 +83,13 @@ class StoreClient:
         realm: str = "",
         bind_leases: bool = True,
         on_connection: Callable[[bool], None] | None = None,
+        credentials: Credentials | None = None,
+        peer_name: str = "",
         clock: Clock | None = None,
     ) -> None:
+        self._security: Security | None = None
+        if credentials is not None:
+            self._security = Security(credentials, credentials.files.server_name or peer_name or host)
         self._address = (host, port)
         self._timeout_s = timeout_s
         self._realm = realm
@@ -94,7 +103,7 @@ class StoreClient:
         self._connected = False
         self._gone = ""
         """Why there will be no connection any more, or ""."""
-        self._channel = Channel.open(self._address, timeout_s, realm)
+        self._channel = Channel.open(self._address, timeout_s, realm, self._security)
         self._connected = True
         self._thread = threading.Thread(target=self._run, name="autoglm-store-client", daemon=True)
         self._thread.start()
@@ -311,9 +320,9 @@ class StoreClient:
         backoff_s = limits.BACKOFF_S_MIN
         while self._clock.monotonic() < give_up_at:
             try:
-                channel = Channel.open(self._address, self._timeout_s, self._realm)
-            except StoreUnavailable as error:
-                why = str(error)
+                channel = Channel.open(self._address, self._timeout_s, self._realm, self._security)
+            except (StoreUnavailable, StoreDenied) as error:
+                why = str(error)  # certificates may be about to be rotated: theirs is new, ours is not yet
             except PlatformError as error:
                 self._end(str(error))
                 return False

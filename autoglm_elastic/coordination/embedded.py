@@ -2,32 +2,42 @@
 
 Its life is that of its process. Hostile or broken input closes the connection it came from with one clear
 message and touches nobody else. Nothing received is ever unpickled or evaluated; everything is bounded
-(`limits`).
+(`limits`). With credentials it speaks TLS only, and only with who has a certificate of the same CA: nobody else
+gets as far as a hello.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import selectors
 import socket
+import ssl
 import threading
 import uuid
 from typing import Final
 
 from autoglm_elastic.coordination import _protocol as wire
 from autoglm_elastic.coordination import limits
-from autoglm_elastic.coordination._connection import Connection, ServerWatch
+from autoglm_elastic.coordination._connection import Connection, ServerWatch, SpeaksPlain
 from autoglm_elastic.coordination._state import StoreState
+from autoglm_elastic.coordination._tls_layer import TlsLayer
 from autoglm_elastic.coordination.clock import SystemClock
-from autoglm_elastic.coordination.refusals import StoreRefused
+from autoglm_elastic.coordination.refusals import StoreDenied, StoreRefused
+from autoglm_elastic.coordination.tls import Credentials, reason
 from autoglm_elastic.errors import PlatformError
 from autoglm_elastic.ports import Clock, Compare, Delete, Entry, Json, Put
+
+log = logging.getLogger(__name__)
 
 FLUSH_S_MAX: Final = 1.0
 """How long `close` lets answers and events on their way out leave."""
 
 ACCEPT_PAUSE_S: Final = 0.5
 """After the system refused a new connection (no descriptors left): try again then, do not spin."""
+
+TELL_S: Final = 1.0
+"""Who is turned away is told to the log at most once in so long: strangers must not fill a disk."""
 
 _LISTENER: Final = "listener"
 _WAKE: Final = "wake"
@@ -41,9 +51,11 @@ class StoreServer:
         port: 0 picks a free one (`address` tells).
         realm: the run this store serves; a client that names another realm is refused. "" serves anyone.
         disconnect_grace_s: how long a bound lease outlives its connection.
+        credentials: of ours, and of all clients; None speaks plain.
 
     Raises:
         PlatformError: the address cannot be listened on (`errno` in `__cause__`).
+        UsageError: the certificate is not one for a server.
     """
 
     def __init__(
@@ -53,8 +65,13 @@ class StoreServer:
         *,
         realm: str = "",
         disconnect_grace_s: float = limits.DISCONNECT_GRACE_S,
+        credentials: Credentials | None = None,
         clock: Clock | None = None,
     ) -> None:
+        if credentials is not None:
+            credentials.require_server()
+        self._credentials = credentials
+        self._tell_again_at = 0.0
         self._realm = realm
         self._grace_s = disconnect_grace_s
         self._clock = clock or SystemClock()
@@ -125,12 +142,24 @@ class StoreServer:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection = Connection(sock, self._clock.monotonic() + limits.HELLO_S_MAX)
+        tls = None
+        if self._credentials is not None:
+            tls = TlsLayer(self._credentials.for_server(), server_side=True)
+        connection = Connection(sock, self._clock.monotonic() + limits.HELLO_S_MAX, tls)
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
     def _serve(self, connection: Connection, mask: int) -> None:
-        alive = connection.receive() if mask & selectors.EVENT_READ else True
+        alive = True
+        try:
+            if mask & selectors.EVENT_READ:
+                alive = connection.receive()
+        except SpeaksPlain:
+            self._tell(connection, "it does not speak TLS")
+            self._refuse(connection, "it speaks TLS only", StoreDenied.code)
+        except ssl.SSLError as error:
+            self._tell(connection, reason(error))
+            connection.finish(b"", self._clock.monotonic() + FLUSH_S_MAX)  # after the alert that says why
         self._answer_frames(connection)
         if connection.flush() and alive:
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.has_output else 0)
@@ -238,9 +267,16 @@ class StoreServer:
 
     # The ends of connections
 
-    def _refuse(self, connection: Connection, message: str) -> None:
-        refusal = wire.Refusal(0, StoreRefused.code, message[:1024])
+    def _refuse(self, connection: Connection, message: str, code: str = StoreRefused.code) -> None:
+        refusal = wire.Refusal(0, code, message[:1024])
         connection.finish(wire.frame(refusal), self._clock.monotonic() + FLUSH_S_MAX)
+
+    def _tell(self, connection: Connection, why: str) -> None:
+        """Turned away. The client is told, too; here it is for whoever looks into why a node does not join."""
+        now = self._clock.monotonic()
+        if now >= self._tell_again_at:
+            self._tell_again_at = now + TELL_S
+            log.warning("turned away from the store: %s: %s", connection.peer, why)
 
     def _drop_overdue(self, now: float) -> None:
         for connection in [each for each in self._connections if each.deadline and each.deadline <= now]:

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from certificates import made
 from etcd_cluster import Cluster, needs_etcd
 
 from autoglm_elastic.coordination import (
+    Credentials,
     LeaseGone,
     MemoryStore,
     StoreClient,
@@ -45,23 +47,31 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def hosted(name: str) -> Iterator[Store]:
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
+    return made(tmp_path_factory.mktemp("tls"))
+
+
+def hosted(name: str, credentials: Credentials) -> Iterator[Store]:
     if name == "memory":
         memory = MemoryStore()
         yield memory
         memory.close()
         return
-    server = StoreServer("127.0.0.1", 0)
-    client = StoreClient(*server.address)
+    both = credentials if name == "tls" else None
+    server = StoreServer("127.0.0.1", 0, credentials=both)
+    client = StoreClient(*server.address, credentials=both)
     yield client
     client.close()
     server.close()
 
 
-@pytest.fixture(params=["memory", "embedded", pytest.param("etcd", marks=needs_etcd)])
-def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+@pytest.fixture(params=["memory", "embedded", "tls", pytest.param("etcd", marks=needs_etcd)])
+def subject(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, credentials: Credentials
+) -> Iterator[Subject]:
     if request.param != "etcd":
-        for store in hosted(request.param):
+        for store in hosted(request.param, credentials):
             yield Subject(store, lambda _: monkeypatch.setattr(limits, "HISTORY_EVENTS_MAX", 8))
         return
     from autoglm_elastic.coordination.etcd import parse
@@ -209,11 +219,11 @@ def test_what_breaks_a_limit_is_refused_and_harms_nothing(
 
 @pytest.mark.parametrize("name", ["memory", "embedded"])
 def test_a_full_store_refuses_and_has_room_again_after_a_delete(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """etcd has a quota of its own, and clears only by compaction."""
     monkeypatch.setattr(limits, "STORED_BYTES_MAX", 10)
-    for store in hosted(name):
+    for store in hosted(name, credentials):
         fill(store)
 
 
