@@ -131,7 +131,7 @@ class Story:
 
 def service(node: dict[str, Any]) -> str:
     """Whose container a node of a status is."""
-    name = str(node["name"]).partition("-")[0]
+    name = str(node["node"]).partition("-")[0]
     if name not in NODES:
         raise Failed(f"node {node['name']} is none of {NODES}")
     return name
