@@ -16,30 +16,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 START_S = 60.0
-_SERVER = """
-import threading
-import moto.server
-
-def run_simple(host, port, application, *, run=moto.server.run_simple, lock=threading.Lock(), **options):
-    def one_condition_at_a_time(environ, start_response):
-        if "HTTP_IF_NONE_MATCH" not in environ and "HTTP_IF_MATCH" not in environ:
-            return application(environ, start_response)
-        with lock:
-            return list(application(environ, start_response))
-
-    return run(host, port, one_condition_at_a_time, **options)
-
-moto.server.run_simple = run_simple
-moto.server.main(["-H", "127.0.0.1", "-p", "0"])
-"""
-"""moto checks a condition and writes in two steps, between which another request may come; S3 does not."""
-
+_SERVER = Path(__file__).parents[1] / "docker" / "objects.py"
 _RUNNING = re.compile(rb"Running on (http://127\.0\.0\.1:\d+)")
 
 
@@ -47,7 +31,9 @@ _RUNNING = re.compile(rb"Running on (http://127\.0\.0\.1:\d+)")
 def moto_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """(endpoint, process) of a moto server on a free port of the loopback interface."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", _SERVER], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-u", str(_SERVER), "127.0.0.1", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     try:
         assert process.stderr is not None

@@ -39,6 +39,8 @@ _STARTUP_QUERY: Final = (
 _STARTUP_QUERY_S: Final = 60.0
 """A bare interpreter answers in 20 ms; a cold network file system may take seconds."""
 
+_UTF8_MODE: Final = sys.flags.__match_args__.index("utf8_mode")
+
 _CUDA_NOT_INITIALIZED: Final = 3
 
 AGENTS_SIGNALS: Final = (signal.SIGINT, *STOP_SIGNALS)
@@ -110,12 +112,18 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
     facts = ZygoteFacts(
         env=env,
         cwd=cwd,
-        flags_differ=flags != [tuple(sys.flags), sys.warnoptions, sys._xoptions],
+        flags_differ=_given(*flags) != _given(tuple(sys.flags), sys.warnoptions, sys._xoptions),
         cuda=cuda_initialized(),
         threads=threads,
         startup_modules=frozenset(modules),
     )
     return Prepared(facts, dataclasses.replace(state, path=tuple(path), handlers=handlers), compute_threads)
+
+
+def _given(flags: tuple[int, ...], *options: object) -> tuple[object, ...]:
+    """But for the UTF-8 mode: an interpreter that finds no locale turns it on by itself, and hands a UTF-8 locale to
+    its children, which read and write the same without. Given as an option it is among `options`."""
+    return *flags[:_UTF8_MODE], *flags[_UTF8_MODE + 1 :], *options
 
 
 def cuda_initialized() -> bool:

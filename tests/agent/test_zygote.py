@@ -230,6 +230,20 @@ def test_what_cannot_be_forked_is_executed(launcher: Launcher, project: Path) ->
     assert binary.wait() == Ended(3, "argument\n", "")
 
 
+def test_without_a_locale_workers_are_forked_too(tmp_path: Path) -> None:
+    """As in a container, or under cron."""
+    script = tmp_path / "encodings.py"
+    script.write_text(
+        "import sys\n"
+        "with open(__file__) as text:\n"
+        "    print(sys.getfilesystemencoding(), sys.stdout.encoding, sys.stdout.errors, text.encoding.lower())\n"
+    )
+    with Launcher(tmp_path, env={"LANG": "", "LC_ALL": "", "LC_CTYPE": ""}) as bare:
+        bare.ready()
+        forked, executed = both(bare, python(str(script)))
+    assert forked == executed == Ended(0, "utf-8 utf-8 surrogateescape utf-8\n", "")
+
+
 @pytest.mark.gpu
 def test_cuda(launcher: Launcher, project: Path) -> None:
     """The zygote has no CUDA context, so its forks can make one."""

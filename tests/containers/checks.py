@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,10 @@ def compare(story: Story, run_dir: Path) -> None:
         AUTOGLM_SNAPSHOT_URL="",
     )
     story.cluster.take("n1", "/runs/.", story.folder / "both")
-    here, there = story.folder / "both", run_dir
+    here = story.folder / "both"
     one, other = (json.loads((here / name).read_text()) for name in ("result.json", "undisturbed.json"))
     apart = abs(one["eval_loss"] - other["eval_loss"])
-    curves = zip(_losses(there), _losses(here / "undisturbed"), strict=True)
-    curve_apart = max(abs(a - b) for a, b in curves if a is not None and b is not None)
+    curve_apart = max(abs(a - b) for a, b in _both_losses(run_dir, here / "undisturbed"))
     say(
         f"held-out loss {one['eval_loss']:.6f} after {one['step']} steps, undisturbed {other['eval_loss']:.6f} "
         f"after {other['step']}: apart by {apart:.1e}, loss curves by at most {curve_apart:.1e}"
@@ -95,5 +95,12 @@ def _events(run_dir: Path, name: str, since: float) -> list[dict[str, Any]]:
     ]
 
 
-def _losses(run_dir: Path) -> list[float | None]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def _both_losses(disturbed: Path, undisturbed: Path) -> Iterator[tuple[float, float]]:
+    """But for the last step of a generation: its loss is a mean over the samples of those who are left."""
+    lines, others = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (disturbed, undisturbed)
+    )
+    for line, after, other in zip(lines, lines[1:], others, strict=False):
+        if line["generation"] == after["generation"]:
+            yield line["loss"], other["loss"]
