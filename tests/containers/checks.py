@@ -9,7 +9,7 @@ from typing import Any
 
 from agents import assert_chain, committed
 from cluster import NODES, Cluster
-from story import RUN, SIZE, Row, Story
+from story import SIZE, Row, Story
 from tools import Failed, say
 
 EVAL_LOSS_APART_MAX = 0.005
