@@ -240,7 +240,8 @@ def test_without_a_locale_workers_are_forked_too(tmp_path: Path) -> None:
     )
     with Launcher(tmp_path, env={"LANG": "", "LC_ALL": "", "LC_CTYPE": ""}) as bare:
         bare.ready()
-        forked, executed = both(bare, python(str(script)))
+        handed_on = {"LC_CTYPE": "C.UTF-8"}  # by Python, in the agent's environment
+        forked, executed = both(bare, python(str(script)), env=handed_on)
     assert forked == executed == Ended(0, "utf-8 utf-8 surrogateescape utf-8\n", "")
 
 
