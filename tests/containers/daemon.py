@@ -116,9 +116,9 @@ def _drain(process: subprocess.Popen[bytes], log: list[bytes], settled: threadin
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """TERM to the daemon, the only child of `unshare`, which hears none; else its whole namespace ends at once."""
+    """Ends the daemon, the only child of `unshare`, and with it all processes in its namespace; then `unshare` ends."""
     for child in psutil.Process(process.pid).children() if process.poll() is None else ():
-        child.terminate()
+        child.kill()
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
