@@ -125,7 +125,9 @@ def _wheels(folder: Path, torch: str, constraints: Path) -> None:
     command = (*pip, "--wheel-dir", folder, "--constraint", constraints, *wanted)
     try:
         run(*command, timeout_s=WHEELS_S)
-    except Failed:
+    except Failed as error:
+        if "No matching distribution" not in str(error):
+            raise
         run(*command, "--extra-index-url", _TORCH_INDEX, timeout_s=WHEELS_S)
 
 

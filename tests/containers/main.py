@@ -22,6 +22,7 @@ from plugin import compose_env
 from story import Story, measure, table
 from tools import Failed, Skip, say
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 SKIPPED = 77
 """Exit code where the caller wants to know: a machine of our own that cannot run it (AUTOGLM_TEST_EXCLUSIVE)."""
 
@@ -33,7 +34,8 @@ def main() -> int:
         "--keep", type=Path, help="a new folder for run directory and results, when it is over"
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _leave)
+    for number in STOPS:
+        signal.signal(number, _leave)
     try:
         with _folder() as folder:
             play(folder, args.torch, args.keep)
@@ -99,6 +101,13 @@ def _kind(path: Path) -> str:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    """What is waited for ends, too: a terminal interrupts it by itself, `kill` and `timeout` do not."""
+    for again in STOPS:
+        signal.signal(again, signal.SIG_IGN)
+    for child in psutil.Process().children():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(child.pid) == os.getsid(0):
+                child.kill()
     raise KeyboardInterrupt
 
 
