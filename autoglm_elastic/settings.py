@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta
 
+from autoglm_elastic import _yaml
 from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import UsageError
-
-FILE_BYTES_MAX: Final = 1 << 20
-"""A configuration is a page or two; anything larger is some other file."""
 
 ENVIRONMENT_PREFIX: Final = "AUTOGLM_"
 
@@ -67,6 +64,35 @@ class Store(_Group, frozen=True):
             description="A store that has not come back for so long ends the job, with a snapshot.",
         ),
     ] = 600.0
+    insecure: Annotated[
+        bool,
+        Meta(
+            description="Reach a store over the network without TLS: whoever reaches it can command the job."
+        ),
+    ] = False
+
+
+class Tls(_Group, frozen=True):
+    """Who we are to the store, and to whom it belongs (docs/tls.md)."""
+
+    ca: Annotated[
+        str,
+        Meta(max_length=4096, description="PEM file with the CA of everybody's certificate; empty: no TLS."),
+    ] = ""
+    cert: Annotated[
+        str, Meta(max_length=4096, description="PEM file with our certificate, for server and client.")
+    ] = ""
+    key: Annotated[
+        str,
+        Meta(max_length=4096, description="PEM file with its key, without a password; not open to others."),
+    ] = ""
+    server_name: Annotated[
+        str,
+        Meta(
+            max_length=253,
+            description="What the certificate of the store is made out to; empty: the host in its address.",
+        ),
+    ] = ""
 
 
 class Recovery(_Group, frozen=True):
@@ -209,6 +235,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     membership: Membership = Membership()
     store: Store = Store()
+    tls: Tls = Tls()
     recovery: Recovery = Recovery()
     snapshot: Snapshot = Snapshot()
     restart: Restart = Restart()
@@ -429,35 +456,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}? autoglm-run --print-config lists all" if close else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which plain YAML would silently drop one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise UsageError(
-            f"configuration {path}: {error.strerror or error}", valid="a readable YAML file"
-        ) from error
-    if len(data) > FILE_BYTES_MAX:
-        raise UsageError(
-            f"configuration {path}: larger than {FILE_BYTES_MAX} bytes", valid="a YAML file of settings"
-        )
-    try:
-        document = yaml.load(data, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        raise UsageError(f"configuration {path}: not valid YAML: {_yaml_problem(error)}") from error
+    document = _yaml.read(path)
     if document is None:
         return
     source = f"file {path}"
@@ -479,9 +479,3 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
             name = f"{group}.{leaf}"
             _require_known(name, source)
             yield name, value
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {problem}" if mark else problem

@@ -7,11 +7,11 @@ connects. An endpoint `etcd://…` is a store of its own that nobody hosts.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torch.distributed.elastic.rendezvous.utils import (
     _matches_machine_hostname,
@@ -19,7 +19,8 @@ from torch.distributed.elastic.rendezvous.utils import (
 )
 
 from autoglm_elastic.agent._keys import Keys
-from autoglm_elastic.coordination import StoreClient, StoreServer, etcd
+from autoglm_elastic.agent._security import Security, is_loopback
+from autoglm_elastic.coordination import Credentials, StoreClient, StoreServer, etcd
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
 
@@ -72,44 +73,67 @@ def attach(
     is_host: bool | None,
     join_timeout_s: float,
     local_addr: str | None,
+    security: Security,
     clock: Clock,
 ) -> Attachment:
     """Host or reach the store.
 
     Raises:
-        UsageError: no endpoint that can be understood, or one that belongs to something else, or to another run.
+        UsageError: no endpoint that can be understood, or one that belongs to something else, or to another run;
+            or `security` does not allow it.
+        StoreDenied: the store and we do not accept each other's certificates.
         PlatformError: nobody answers within `join_timeout_s`.
     """
     if endpoint.startswith(ETCD):
-        return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, clock)
-    try:
-        host, port = parse_rendezvous_endpoint(endpoint, PORT_DEFAULT)
-    except ValueError as error:
-        raise UsageError(f"--rdzv-endpoint {endpoint!r}: {error}", valid="HOST or HOST:PORT") from None
+        return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, security, clock)
+    host, port = _host_and_port(endpoint)
+    credentials = security.credentials(host)
     if is_host is None:
         is_host = _matches_machine_hostname(host)
-    server = _try_to_host(host, port, run_id) if is_host else None
+    server = _try_to_host(host, port, run_id, credentials) if is_host else None
     if server is not None:
         port = server.address[1]
     reach = _loopback_of(host) if server is not None else host
     wait_s = HOST_WAIT_S if is_host else join_timeout_s
     try:
-        client = _connect(reach, port, run_id, min(wait_s, join_timeout_s), clock)
+        client = _connect(reach, port, run_id, min(wait_s, join_timeout_s), (credentials, host), clock)
     except BaseException:
         if server is not None:
             server.close()
         raise
     local_host = local_addr or client.local_host
-    if not local_addr and _is_loopback(local_host) and not _is_loopback(host):
+    if not local_addr and is_loopback(local_host) and not is_loopback(host):
         # We sit beside the store, reached over loopback: the others know this machine by the endpoint's name.
         local_host = host
     return Attachment(client, server, f"{host}:{port}", local_host)
 
 
+def check(endpoint: str, options: Mapping[str, Any]) -> None:
+    """Whether we may go there with these options of `--rdzv-conf`, before anything is started. Raises UsageError."""
+    security = Security.of(options)
+    if endpoint.startswith(ETCD):
+        security.check_etcd(etcd.parse(etcd.with_options(endpoint, options)))
+    else:
+        security.credentials(_host_and_port(endpoint)[0])
+
+
+def _host_and_port(endpoint: str) -> tuple[str, int]:
+    try:
+        return parse_rendezvous_endpoint(endpoint, PORT_DEFAULT)
+    except ValueError as error:
+        raise UsageError(f"--rdzv-endpoint {endpoint!r}: {error}", valid="HOST or HOST:PORT") from None
+
+
 def _attach_etcd(
-    endpoint: str, run_id: str, join_timeout_s: float, local_addr: str | None, clock: Clock
+    endpoint: str,
+    run_id: str,
+    join_timeout_s: float,
+    local_addr: str | None,
+    security: Security,
+    clock: Clock,
 ) -> Attachment:
     target = etcd.parse(endpoint)
+    security.check_etcd(target)
     from autoglm_elastic.coordination.etcd.store import EtcdStore
 
     give_up_at, timeout_s = clock.monotonic() + join_timeout_s, min(REQUEST_S_MAX, join_timeout_s)
@@ -127,10 +151,11 @@ def _attach_etcd(
         return Attachment(store, None, endpoint, local_addr or store.local_host)
 
 
-def _try_to_host(host: str, port: int, run_id: str) -> StoreServer | None:
+def _try_to_host(host: str, port: int, run_id: str, credentials: Credentials | None) -> StoreServer | None:
     """None: somebody listens there already."""
     try:
-        return StoreServer(_loopback_of(host) if _is_loopback(host) else "", port, realm=run_id)
+        listen = _loopback_of(host) if is_loopback(host) else ""
+        return StoreServer(listen, port, realm=run_id, credentials=credentials)
     except PlatformError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
@@ -138,12 +163,17 @@ def _try_to_host(host: str, port: int, run_id: str) -> StoreServer | None:
         raise
 
 
-def _connect(host: str, port: int, run_id: str, wait_s: float, clock: Clock) -> StoreClient:
+def _connect(
+    host: str, port: int, run_id: str, wait_s: float, shown: tuple[Credentials | None, str], clock: Clock
+) -> StoreClient:
+    """`shown`: our credentials, and the name in the server's certificate."""
     give_up_at = clock.monotonic() + wait_s
     backoff_s = BACKOFF_S_MIN
     while True:
         try:
-            return StoreClient(host, port, timeout_s=REQUEST_S_MAX, realm=run_id)
+            return StoreClient(
+                host, port, timeout_s=REQUEST_S_MAX, realm=run_id, credentials=shown[0], peer_name=shown[1]
+            )
         except PlatformError as error:
             # Somebody answers who will never be our store: nothing was started, the flag is wrong.
             raise UsageError(error.got, do=error.do) from error
@@ -159,14 +189,5 @@ def _connect(host: str, port: int, run_id: str, wait_s: float, clock: Clock) -> 
         backoff_s = min(2 * backoff_s, BACKOFF_S_MAX)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _loopback_of(host: str) -> str:
-    return host if _is_loopback(host) and host != "localhost" else "127.0.0.1"
+    return host if is_loopback(host) and host != "localhost" else "127.0.0.1"

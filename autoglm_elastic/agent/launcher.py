@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -29,7 +30,7 @@ from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
 from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.launcher.api import LaunchConfig
 
-from autoglm_elastic.agent import _foreign, flags, run_path
+from autoglm_elastic.agent import _endpoint, _foreign, _security, flags, run_path
 from autoglm_elastic.agent.agent import ElasticAgent
 from autoglm_elastic.agent.keeper import NodeKeeper, name_of_node
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
@@ -39,8 +40,10 @@ from autoglm_elastic.agent.zygote import Zygote
 from autoglm_elastic.errors import ExitCode, PlatformError, UsageError
 from autoglm_elastic.observe import events, presence
 from autoglm_elastic.ports import StoreUnavailable
-from autoglm_elastic.settings import Settings
+from autoglm_elastic.settings import Settings, Tls
 from autoglm_elastic.storage import modules_of
+
+logger = logging.getLogger(__name__)
 
 SHARED_STORE_OFF: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torch's switch for a fresh store per attempt. With its shared one a restarted rank can read the address
@@ -55,6 +58,7 @@ def launch(command: flags.Command) -> int:
         ChildFailedError: a worker failed for good; its text is torch's failure summary.
         SignalException: this launcher was told to stop, and has stopped its workers.
     """
+    _check_security(command)
     run_dir = None
     if command.args.run_dir is not None:
         run_dir = RunDirectory(command.args.run_dir, run_id=command.run_id_given)
@@ -69,6 +73,19 @@ def launch(command: flags.Command) -> int:
             zygote.close()
         if run_dir is not None:
             run_dir.unlock()
+
+
+def _check_security(command: flags.Command) -> None:
+    if not command.is_ours:
+        if command.loaded.settings.tls != Tls():
+            logger.warning("tls: --rdzv-backend=%s is torch's own, and plain", command.args.rdzv_backend)
+    else:
+        try:
+            given = _parse_rendezvous_config(command.args.rdzv_conf)
+        except ValueError as error:
+            raise UsageError(f"--rdzv-conf {command.args.rdzv_conf}: {_one_line(error)}") from error
+        options = {**_security.options_of(command.loaded.settings), **given}
+        _endpoint.check(command.args.rdzv_endpoint, options)
 
 
 def exit_code_of(error: ChildFailedError) -> ExitCode:
@@ -225,6 +242,7 @@ def _our_rdzv_configs(
         "max_failures": settings.restart.max_failures,
         "nproc": config.nproc_per_node,
         "role": config.role,
+        **_security.options_of(settings),
     }
     given = _parse_rendezvous_config(args.rdzv_conf)
     if "timeout" in given:

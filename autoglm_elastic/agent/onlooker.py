@@ -16,6 +16,7 @@ import msgspec
 
 from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent._notes import Note
+from autoglm_elastic.agent._security import Security, options_of
 from autoglm_elastic.agent._view import View
 from autoglm_elastic.coordination import StoreClient, etcd
 from autoglm_elastic.core.generation import Generation
@@ -24,6 +25,7 @@ from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.observe.status import CUT_OFF, Node, Rank, Status, ended
 from autoglm_elastic.observe.view import Incident
 from autoglm_elastic.ports import EventKind, Json, Store, StoreUnavailable, WatchEvent
+from autoglm_elastic.settings import Settings
 
 if TYPE_CHECKING:
     from autoglm_elastic.coordination.etcd.store import EtcdStore
@@ -43,24 +45,30 @@ def is_address(text: str) -> bool:
     return bool(host) and port.isdecimal() and "/" not in host and not os.path.exists(text)
 
 
-def reach(address: str, run_id: str) -> StoreClient | EtcdStore:
-    """The store of run `run_id` at `address`, for who only reads.
+def reach(address: str, run_id: str, settings: Settings) -> StoreClient | EtcdStore:
+    """The store of run `run_id` at `address`, for who only reads. `settings`: `tls` and `store.insecure`.
 
     Raises:
-        UsageError: no address, or the store of another run.
+        UsageError: no address, the store of another run, or one off loopback without TLS.
+        StoreDenied: the store and we do not accept each other's certificates.
         PlatformError: nobody answers there.
     """
+    options = options_of(settings)
+    security = Security.of(options)
     try:
         if address.startswith(f"{etcd.SCHEME}://"):
             etcd.require()
-            target = etcd.parse(address)
+            target = etcd.parse(etcd.with_options(address, options))
+            security.check_etcd(target)
             from autoglm_elastic.coordination.etcd.store import EtcdStore
 
             return EtcdStore(target, timeout_s=REACH_S_MAX, prefix=Keys(run_id).prefix, looks_on=True)
         host, _, port = address.removeprefix(_TCP).rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"store {address}", valid=f"HOST:PORT, tcp://HOST:PORT, {etcd.VALID}")
-        return StoreClient(host.strip("[]"), int(port), timeout_s=REACH_S_MAX, realm=run_id)
+        host = host.strip("[]")
+        credentials = security.credentials(host)
+        return StoreClient(host, int(port), timeout_s=REACH_S_MAX, realm=run_id, credentials=credentials)
     except StoreUnavailable as error:
         raise PlatformError(
             f"no store at {address}: {error}",

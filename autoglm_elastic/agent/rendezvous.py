@@ -31,6 +31,7 @@ from torch.distributed.elastic.rendezvous import (
 from autoglm_elastic.agent import _etcd_options
 from autoglm_elastic.agent._endpoint import attach
 from autoglm_elastic.agent._keys import Keys
+from autoglm_elastic.agent._security import Security
 from autoglm_elastic.agent._sweep import sweep
 from autoglm_elastic.agent.session import NodeSession, NotJoined, RunClosed, Superseded, WaitTimeout
 from autoglm_elastic.coordination import StoreRefused, SystemClock
@@ -69,10 +70,11 @@ class AutoglmRendezvousHandler(RendezvousHandler):
 
     `params.config` (`--rdzv-conf`; strings or numbers): `join_timeout` or `timeout`, `join_window_s`,
     `lease_s`, `first_generation`, `max_restarts`, `max_failures`, `progress_s`, `node`, `nproc`, `role`,
-    `is_host`.
+    `is_host`; for TLS `ca`, `cert`, `key`, `server_name`, or `insecure` (docs/tls.md).
 
     Raises (construction):
-        UsageError: an endpoint or option that makes no sense.
+        UsageError: an endpoint or option that makes no sense, or a store off loopback without TLS.
+        StoreDenied: the store and we do not accept each other's certificates.
         PlatformError: the store cannot be hosted nor reached.
     """
 
@@ -99,6 +101,7 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             is_host=params.get_as_bool("is_host"),
             join_timeout_s=self._join_timeout_s,
             local_addr=params.local_addr,
+            security=Security.of(params.config),
             clock=self._clock,
         )
         try:

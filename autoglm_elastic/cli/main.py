@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from autoglm_elastic.cli import ckpt, ckpt_convert
+from autoglm_elastic.cli import ckpt, ckpt_convert, tls
 from autoglm_elastic.errors import ElasticError, ExitCode, PlatformError, UsageError
 from autoglm_elastic.ports import StoreUnavailable
 
 if TYPE_CHECKING:
     from autoglm_elastic.observe.status import Source
+    from autoglm_elastic.settings import Loaded
 
 app = typer.Typer(
     name="autoglm",
@@ -35,9 +36,14 @@ bench = typer.Typer(help="Benchmarks against torch's own ways, on this machine."
 app.add_typer(bench, name="bench")
 ckpt_convert.register(ckpt.app)
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(tls.app, name="tls")
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="One setting; repeatable.")
+]
 
 
 _CommandLineError: Any = typer.BadParameter.__mro__[1]
@@ -174,9 +180,13 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Go on until the job ends: live on a terminal, else lines.")
     ] = False,
+    file: ConfigFile = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Where a run stands: from its run directory, or from its store on any host that reaches that."""
-    with _source(run, rdzv_id) as source:
+    """Where a run stands: from its run directory, or from its store on any host that reaches that.
+
+    A store with TLS (docs/tls.md) needs the settings tls.ca, tls.cert and tls.key."""
+    with _source(run, rdzv_id, file, overrides or ()) as source:
         if watch:
             from rich.console import Console
 
@@ -224,10 +234,8 @@ def simulate(
 
 @app.command()
 def config(
-    file: Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="One setting; repeatable.")
-    ] = None,
+    file: ConfigFile = None,
+    overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of such a file instead.")] = False,
 ) -> None:
     """Print every setting with its value and where it came from; the output is a file for --config."""
@@ -236,12 +244,17 @@ def config(
     if schema:
         print(settings.json_schema(), end="")
         return
-    given = [settings.override(text) for text in overrides or ()]
-    print(settings.to_yaml(settings.explain(settings.load(file, os.environ, given))), end="")
+    print(settings.to_yaml(settings.explain(_settings(file, overrides or ()))), end="")
+
+
+def _settings(file: Path | None, overrides: Iterable[str]) -> Loaded:
+    from autoglm_elastic import settings
+
+    return settings.load(file, os.environ, [settings.override(text) for text in overrides])
 
 
 @contextlib.contextmanager
-def _source(run: str, rdzv_id: str | None) -> Iterator[Source]:
+def _source(run: str, rdzv_id: str | None, file: Path | None, overrides: Iterable[str]) -> Iterator[Source]:
     from autoglm_elastic.agent import onlooker
     from autoglm_elastic.observe.status import RunDirectorySource
 
@@ -252,7 +265,7 @@ def _source(run: str, rdzv_id: str | None) -> Iterator[Source]:
         return
     if rdzv_id is None:
         raise UsageError(f"store {run} without --rdzv-id", do="give the one that the job's agents got")
-    with contextlib.closing(onlooker.reach(run, rdzv_id)) as store:
+    with contextlib.closing(onlooker.reach(run, rdzv_id, _settings(file, overrides).settings)) as store:
         try:
             with contextlib.closing(onlooker.Onlooker(store, rdzv_id)) as source:
                 yield source

@@ -23,6 +23,9 @@ from autoglm_elastic.ports import Clock
 
 CA, CA_KEY, CERT, KEY = "ca.pem", "ca-key.pem", "cert.pem", "key.pem"
 DAYS_MAX: Final = 3650
+CA_DAYS: Final = DAYS_MAX
+"""The CA outlives its certificates: they are renewed, it is replaced."""
+
 HOSTS_MAX: Final = 10_000
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 """In every certificate: agents and `autoglm status` on the machine of the store reach it so."""
@@ -50,7 +53,7 @@ def make(folder: Path, hosts: Sequence[str], days: int, clock: Clock | None = No
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "autoglm")])
     identity = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     certificate = (
-        _builder(name, name, key, lasts)
+        _builder(name, name, key, _lasts(CA_DAYS, clock))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(identity, critical=False)

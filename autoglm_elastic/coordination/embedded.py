@@ -36,6 +36,10 @@ FLUSH_S_MAX: Final = 1.0
 ACCEPT_PAUSE_S: Final = 0.5
 """After the system refused a new connection (no descriptors left): try again then, do not spin."""
 
+STRANGERS_PER_TURN: Final = 32
+"""Connections without a hello that are served before everybody else has had a turn: a handshake costs a millisecond
+or two, and a thousand nodes that come back at once, or strangers, must not keep leases from being renewed."""
+
 TELL_S: Final = 1.0
 """Who is turned away is told to the log at most once in so long: strangers must not fill a disk."""
 
@@ -104,7 +108,7 @@ class StoreServer:
     def _run(self) -> None:
         try:
             while not self._is_over():
-                for key, mask in self._selector.select(self._timeout_s()):
+                for key, mask in _in_turn(self._selector.select(self._timeout_s())):
                     if key.data is _LISTENER:
                         self._accept()
                     elif key.data is _WAKE:
@@ -303,6 +307,15 @@ class StoreServer:
             connection.sock.close()
         self._selector.close()
         self._wake_receiver.close()
+
+
+def _in_turn(ready: list[tuple[selectors.SelectorKey, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+    """Strangers last, and not all: the others stay ready."""
+    strangers = [each for each in ready if isinstance(each[0].data, Connection) and not each[0].data.greeted]
+    if len(strangers) <= 1:
+        return ready
+    known = [each for each in ready if not isinstance(each[0].data, Connection) or each[0].data.greeted]
+    return known + strangers[:STRANGERS_PER_TURN]
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -179,8 +179,15 @@ def test_too_few_nodes_end_the_run_for_those_who_wait(handlers: Handlers) -> Non
         ("localhost:http", {}, UsageError, "HOST or HOST:PORT"),
         ("localhost:99999", {}, UsageError, "HOST or HOST:PORT"),
         ("localhost:0", {"join_window_s": "soon"}, UsageError, "join_window_s='soon'"),
-        ("192.0.2.1:1", {"timeout": 0.1, "is_host": "0"}, PlatformError, "nobody serves the run's store"),
-        ("no-such-host.invalid:1", {"timeout": 0.1}, PlatformError, "nobody serves the run's store"),
+        (
+            *("192.0.2.1:1", {"timeout": 0.1, "is_host": "0", "insecure": "true"}, PlatformError),
+            "nobody serves the run's store",
+        ),
+        (
+            *("no-such-host.invalid:1", {"timeout": 0.1, "insecure": "true"}, PlatformError),
+            "nobody serves the run's store",
+        ),
+        ("192.0.2.1:1", {}, UsageError, "without TLS: whoever reaches it over the network"),
     ],
 )
 def test_an_endpoint_that_cannot_be_used_gets_one_clear_line(

@@ -38,7 +38,7 @@ def test_help_names_every_command_and_does_not_import_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
-    for command in ("demo", "bench", "report", "status", "ckpt", "simulate", "config"):
+    for command in ("demo", "bench", "report", "status", "ckpt", "simulate", "config", "tls"):
         assert f"\n  {command} " in shown.stdout
 
 

@@ -75,6 +75,32 @@ def test_values_that_only_torch_understands(
     assert said in refused(capfd, *argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--store=tcp://node0:29400"], "the store at node0 without TLS"),
+        (["--store=tcp://node0:29400"], "do: autoglm tls init DIR --host node0"),
+        (["--store=tcp://node0:29400"], "or set store.insecure=true"),
+        (["--rdzv-backend=autoglm", "--rdzv-endpoint=192.0.2.9:1"], "the store at 192.0.2.9 without TLS"),
+        (["--store=tcp://[2001:db8::1]:1"], "the store at 2001:db8::1 without TLS"),
+        (["--store=etcd://127.0.0.1:1,e2:1", "--rdzv-id=j"], "etcd at e2 without TLS: whoever reaches it"),
+        (["--store=tcp://localhost:0", "--set=tls.ca=nowhere"], "tls.ca without tls.cert and tls.key"),
+        (["--store=tcp://localhost:0", "--rdzv-conf=cert=a,key=b"], "tls.cert, tls.key without tls.ca"),
+        (
+            ["--store=tcp://h:1", "--set=tls.ca=/none/a", "--set=tls.cert=b", "--set=tls.key=c"],
+            "tls.ca /none/a: No such file",
+        ),
+        (["--store=tcp://h:1", "--rdzv-conf=insecure=maybe"], "insecure='maybe'; valid: true or false"),
+    ],
+)
+def test_a_store_in_the_network_needs_tls_or_a_word(
+    capfd: pytest.CaptureFixture[str], run_dir: Path, argv: list[str], said: str
+) -> None:
+    """Before anything is started or written."""
+    assert said in refused(capfd, *argv, "--nnodes=1:2", f"--run-dir={run_dir}")
+    assert not run_dir.exists()
+
+
 def test_a_run_directory_of_another_job(capfd: pytest.CaptureFixture[str], run_dir: Path) -> None:
     RunDirectory(run_dir, run_id="theirs").begin([])
     line = refused(capfd, f"--run-dir={run_dir}", "--rdzv-id=mine")

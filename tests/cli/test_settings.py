@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_elastic import settings
+from autoglm_elastic import _yaml, settings
 from autoglm_elastic.errors import ExitCode, UsageError
 from autoglm_elastic.settings import Settings, load, override
 
@@ -77,7 +77,7 @@ def test_json_round_trip() -> None:
         ("? [a]\n: 1", "not valid YAML"),
         (b"\x80 not UTF-8", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),
-        (b"#" * (settings.FILE_BYTES_MAX + 1), "larger than"),
+        (b"#" * (_yaml.FILE_BYTES_MAX + 1), "larger than"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:

@@ -20,6 +20,7 @@ from job import SCRIPTS, Job
 
 from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent.onlooker import reach
+from autoglm_elastic.settings import Settings
 
 TRAIN = (str(SCRIPTS / "train.py"), "--pause-s=0.02", "--steps=100000")
 WAIT_S = 60.0
@@ -131,5 +132,5 @@ def test_a_job_seen_by_etcd(tmp_path: Path, run_dir: Path) -> None:
         again = autoglm("status", cluster.address, "--rdzv-id=seen")
         assert again.returncode == 2
         assert "no run 'seen' in this store" in again.stderr
-        with closing(reach(cluster.address, "seen")) as store:
+        with closing(reach(cluster.address, "seen", Settings())) as store:
             assert store.get_prefix(Keys("seen").notes)[0] == []

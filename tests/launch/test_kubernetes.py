@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from autoglm_elastic.agent import flags
+from autoglm_elastic.coordination import authority
 from autoglm_elastic.errors import ExitCode
+from autoglm_elastic.settings import fields
 
 validate = pytest.importorskip("kubernetes_validate")
 
@@ -127,6 +129,27 @@ def test_names_and_labels_meet() -> None:
     )
     for member in range(etcd["replicas"]):
         assert f"autoglm-etcd-{member}.autoglm-etcd:2379" in store
+
+
+@JOBS
+def test_etcd_and_agents_show_each_other_certificates(name: str) -> None:
+    manifests = {(item["kind"], item["metadata"]["name"]): item for item in everything()}
+    etcd = manifests["StatefulSet", "autoglm-etcd"]["spec"]["template"]["spec"]
+    arguments = etcd["containers"][0]["args"]
+    assert {"--client-cert-auth", "--peer-client-cert-auth"} <= set(arguments)
+    plain = [each for each in arguments if "http://" in each]
+    assert [each.partition("=")[0] for each in plain] == ["--listen-metrics-urls"]
+    job = job_of(name)["spec"]["template"]["spec"]
+    given = {each["name"]: each.get("value") for each in job["containers"][0]["env"]}
+    for pod in (etcd, job):
+        (secret,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "tls")
+        assert (secret["secretName"], secret["defaultMode"]) == ("autoglm-tls", 0o440)
+        assert {"name": "tls", "mountPath": "/tls", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    known = {field.variable for field in fields()}
+    for variable, file in (("CA", authority.CA), ("CERT", authority.CERT), ("KEY", authority.KEY)):
+        assert given[f"AUTOGLM_TLS_{variable}"] == f"/tls/{file}"
+        assert f"AUTOGLM_TLS_{variable}" in known
+        assert any(argument.endswith(f"-file=/tls/{file}") for argument in arguments)
 
 
 def test_nothing_runs_as_root() -> None:

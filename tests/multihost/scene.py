@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agents import committed, in_lineage, wait_for
+from certificates import files_in, flags_for, made
 from etcd_cluster import Cluster
 from job import SCRIPTS, Job, Line
 from net import Network
@@ -157,18 +158,22 @@ def scene(folder: Path) -> Iterator[tuple[Scene, Cluster]]:
     """A host with an agent for each of `NODES`, all in one world, and the members of an etcd on `MEMBERS`."""
     with Network(folder, *NODES, *MEMBERS) as network:
         places = [(network[name].address, network[name].prefix) for name in MEMBERS]
+        plain = "--set=store.insecure=true"
         with (
             Cluster(folder / "etcd", members=len(MEMBERS), places=places) as etcd,
-            _playing(Scene(network, ("--store", etcd.address), folder / "run")) as here,
+            _playing(Scene(network, ("--store", etcd.address, plain), folder / "run")) as here,
         ):
             yield here, etcd
 
 
 @contextmanager
 def scene_with_hosted_store(folder: Path) -> Iterator[Scene]:
-    """The same, with the store in the agent of the first of `NODES`."""
+    """The same, with the store in the agent of the first of `NODES`, over TLS."""
     with Network(folder, *NODES) as network:
-        store = ("--rdzv-backend=autoglm", f"--rdzv-endpoint={network[NODES[0]].address}:29400")
+        host = network[NODES[0]].address
+        made(folder / "tls", host)
+        tls = flags_for(files_in(folder / "tls"))
+        store = ("--rdzv-backend=autoglm", f"--rdzv-endpoint={host}:29400", *tls)
         with _playing(Scene(network, store, folder / "run")) as here:
             yield here
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Final
 
-from autoglm_elastic.coordination.etcd.target import SCHEME, VALID, EtcdTarget, parse
+from autoglm_elastic.coordination.etcd.target import SCHEME, VALID, EtcdTarget, parse, with_options
 from autoglm_elastic.errors import UsageError
 
-__all__ = ["SCHEME", "VALID", "EtcdTarget", "parse", "require"]
+__all__ = ["SCHEME", "VALID", "EtcdTarget", "parse", "require", "with_options"]
 
 _MODULES: Final = ("etcd3", "grpc", "google.protobuf")
 

@@ -24,6 +24,7 @@ _OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),  # whether a call may be repeated is ours to know
 )
+_NAME_OPTION: Final = "grpc.ssl_target_name_override"
 
 
 class Standing(enum.Enum):
@@ -59,8 +60,9 @@ class Link:
                 read(path, f"etcd's {what}") if path else None
                 for path, what in ((target.ca, "CA"), (target.cert, "certificate"), (target.key, "key"))
             )
+            name = ((_NAME_OPTION, target.server_name),) if target.server_name else ()
             self._channel = grpc.secure_channel(
-                address, grpc.ssl_channel_credentials(ca, key, cert), _OPTIONS
+                address, grpc.ssl_channel_credentials(ca, key, cert), (*_OPTIONS, *name)
             )
         else:
             self._channel = grpc.insecure_channel(address, _OPTIONS)

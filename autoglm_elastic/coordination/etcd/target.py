@@ -1,6 +1,6 @@
 """What `etcd://…` means: endpoints, TLS files, user. Parses and reads files; connects to nothing.
 
-    etcd://[USER@]HOST[:PORT][,HOST[:PORT]…][?ca=FILE&cert=FILE&key=FILE&password_file=FILE]
+    etcd://[USER@]HOST[:PORT][,HOST[:PORT]…][?ca=FILE&cert=FILE&key=FILE&server_name=NAME&password_file=FILE]
 
 A password is read from `password_file` or the environment, never from the address: command lines are public.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs, parse_qsl, urlencode
 
 from autoglm_elastic.errors import UsageError
 
@@ -25,19 +25,21 @@ FILE_BYTES_MAX: Final = 1 << 20
 """A certificate chain, a key or a password; anything larger is some other file."""
 
 VALID: Final = "etcd://[user@]host:port[,host:port…][?ca=FILE&cert=FILE&key=FILE&password_file=FILE]"
-_OPTIONS: Final = ("ca", "cert", "key", "user", "password_file")
+_OPTIONS: Final = ("ca", "cert", "key", "server_name", "user", "password_file")
 _ENDPOINT: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::(?P<port>\d{1,5}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class EtcdTarget:
     """Where etcd is and who we are to it. `endpoints`: `(host, port)` of its members. `ca`, `cert`, `key`: PEM
-    files, "" for none; any of them means TLS. `password` is never shown."""
+    files, "" for none; any of them means TLS. `server_name`: what the members' certificates are made out to, "" for the
+    host. `password` is never shown."""
 
     endpoints: tuple[tuple[str, int], ...]
     ca: str = ""
     cert: str = ""
     key: str = ""
+    server_name: str = ""
     user: str = ""
     password_file: str = ""
 
@@ -91,6 +93,13 @@ def parse(text: str) -> EtcdTarget:
     if bool(target.cert) != bool(target.key):
         raise UsageError("a certificate without its key, or the reverse", valid="cert=FILE and key=FILE")
     return target
+
+
+def with_options(address: str, options: Mapping[str, object]) -> str:
+    """`address` of etcd, with those of `options` (others are passed over) that it does not give itself."""
+    there = parse_qs(address.partition("?")[2], keep_blank_values=True)
+    more = {name: str(options[name]) for name in _OPTIONS if name in options and name not in there}
+    return address + (("&" if "?" in address else "?") + urlencode(more) if more else "")
 
 
 def read(path: str, what: str) -> bytes:

@@ -297,6 +297,32 @@ def test_tls_to_nobody_is_unavailable(ours: Credentials) -> None:
         StoreClient(*address, credentials=ours)
 
 
+def test_many_who_come_at_once_get_in_and_nobody_waits_for_them(
+    server: StoreServer, client: StoreClient, ours: Credentials
+) -> None:
+    """More than have a turn together; among them as many who never finish."""
+    half = [socket.create_connection(server.address, WAIT_S) for _ in range(40)]
+    for each in half:
+        each.sendall(b"\x16\x03\x01")
+    come: queue.Queue[StoreClient] = queue.Queue()
+
+    def join() -> None:
+        come.put(StoreClient(*server.address, realm="run", credentials=ours, timeout_s=WAIT_S))
+
+    threads = [threading.Thread(target=join) for _ in range(80)]
+    for thread in threads:
+        thread.start()
+    for number in range(50):
+        client.put("+busy", number)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert come.qsize() == len(threads)
+    while not come.empty():
+        come.get().close()
+    for each in half:
+        each.close()
+
+
 # Rotation
 
 
