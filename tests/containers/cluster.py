@@ -123,6 +123,9 @@ class Cluster:
         """Containers, networks, volumes and images."""
         self.close()
         self.compose("down", "--volumes", "--remove-orphans", "--timeout=5", "--rmi=all")
+        made = [self.env[name] for name in ("BASE_IMAGE", "ETCD_IMAGE") if name in self.env]
+        if made:
+            self.docker("image", "rm", *made)
 
     def container(self, service: str) -> str:
         return f"{PROJECT}-{service}-1"

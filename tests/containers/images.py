@@ -47,6 +47,17 @@ def ingredients(here: Daemon, folder: Path, wheels: Path, tag: str, torch: str) 
     say("no registry: the base comes from debootstrap, etcd from this machine, packages as wheels")
     _check()
     names = {"BASE_IMAGE": f"autoglm-base:{tag}", "ETCD_IMAGE": f"autoglm-etcd-release:{tag}"}
+    try:
+        _make(here, folder, wheels, torch, names)
+    except Failed as error:
+        said = str(error).strip().splitlines()
+        raise Skip(f"what the images are made of is not to be had: {said[0]} … {said[-1]}") from error
+    if not works("docker", "run", "--rm", "--init", names["BASE_IMAGE"], "true", env=here.env):
+        raise Skip("this Docker starts no containers")
+    return {"AUTOGLM_TAG": tag, **names, "TORCH": torch, "PIP_NO_INDEX": "1"}
+
+
+def _make(here: Daemon, folder: Path, wheels: Path, torch: str, names: dict[str, str]) -> None:
     with ThreadPoolExecutor() as pool:
         base = pool.submit(_base, folder / "base")
         fetched = pool.submit(_wheels, wheels, torch, folder / "constraints.txt")
@@ -56,7 +67,6 @@ def ingredients(here: Daemon, folder: Path, wheels: Path, tag: str, torch: str) 
         fetched.result()
         count = sum(1 for _ in wheels.glob("*.whl"))
         say(f"fetched {count} wheels: {sum(path.stat().st_size for path in wheels.iterdir()) / 1e6:.0f} MB")
-    return {"AUTOGLM_TAG": tag, **names, "TORCH": torch, "PIP_NO_INDEX": "1"}
 
 
 def _check() -> None:
