@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from autoglm_elastic.coordination import StoreClient, StoreDenied
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCAL = REPOSITORY / "launch" / "local"
 TRAIN = REPOSITORY / "tests" / "e2e" / "scripts" / "train.py"
@@ -132,13 +134,16 @@ def test_agents_end_when_the_command_that_reached_them_is_gone(tmp_path: Path, r
     (tmp_path / "ssh").write_text(SSH)
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hosts.txt").write_text("localhost\n127.0.0.1\n")
+    port = free_port()
     with Command(
         LOCAL / "ssh", tmp_path / "hosts.txt", "--run-dir", run_dir, TRAIN, "--steps=100000", "--pause-s=0.05",
         PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         FAKE_SSH_HOSTS=str(tmp_path / "asked"),
-        AUTOGLM_PORT=free_port(),
+        AUTOGLM_PORT=port,
     ) as command:  # fmt: skip
         command.wait_for(lambda report: report.get("step", 0) >= 5 and report["world"] == 2)
+        with pytest.raises(StoreDenied, match="it speaks TLS only"):
+            StoreClient("localhost", int(port))
         command.process.kill()
         command.wait()  # the output ends when the last agent has
     assert list((run_dir / "catalog").glob("*.json")), "they left with a snapshot"
