@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ssl
 import threading
-from typing import Final
+from typing import Any, Final
 
 _READ_BYTES: Final = 64 << 10
 
@@ -30,6 +30,11 @@ class TlsLayer:
     def has_output(self) -> bool:
         """Whether something is to be sent although nobody had anything to say: a handshake, an alert."""
         return self._outgoing.pending > 0
+
+    def peer(self) -> dict[str, Any]:
+        """The certificate that the other end has shown, by field, once `is_established`."""
+        with self._lock:
+            return dict(self._tls.getpeercert() or {})
 
     def open(self, data: bytes) -> bytes:
         """What is to be read, after `data` came in; b"" as long as that is no whole record, or a part of the handshake

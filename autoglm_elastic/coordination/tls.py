@@ -15,12 +15,16 @@ import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from autoglm_elastic.coordination._tls_layer import TlsLayer
+from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+WARN_DAYS: Final = 7.0
+"""A certificate that ends so soon is worth a line in the log."""
 
 FILE_BYTES_MAX: Final = 1 << 20
 """A few certificates or a key; anything larger is some other file."""
@@ -76,6 +80,7 @@ class Credentials:
         self._stamp = _stamp(files)
         self._server, self._client = _contexts(files)
         self._passed_over: _Stamp | None = None
+        self._told = ""
 
     def for_server(self) -> ssl.SSLContext:
         return self._newest()[0]
@@ -100,10 +105,12 @@ class Credentials:
                 if stamp not in (self._stamp, self._passed_over):
                     self._passed_over = stamp
                     self._server, self._client = _contexts(self.files)
-                    self._stamp, self._passed_over = stamp, None
+                    self._stamp, self._passed_over, self._told = stamp, None, ""
                     log.info("the certificate of %s is in use for new connections", self.files.cert)
             except UsageError as error:
-                log.warning("the certificates before stay in use: %s", error)
+                if self._told != str(error):  # once, not for every stranger who comes
+                    self._told = str(error)
+                    log.warning("the certificates before stay in use: %s", error)
             return self._server, self._client
 
 
@@ -148,13 +155,20 @@ def _contexts(files: TlsFiles) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     # A resumed session would be judged by the CA of the session before.
     server.num_tickets = 0
     try:
-        _shake_hands(server, files, judged="client")
+        shown = _shake_hands(server, files, judged="client")
     except ssl.SSLError as error:
         raise UsageError(
             f"tls.cert {files.cert} does not hold before tls.ca {files.ca}: {reason(error)}",
             valid="a certificate of that CA, for client authentication, that has not expired",
         ) from error
+    _warn_of_the_end(files, str(shown.get("notAfter", "")))
     return server, client
+
+
+def _warn_of_the_end(files: TlsFiles, not_after: str) -> None:
+    left_days = (ssl.cert_time_to_seconds(not_after) - SystemClock().wall()) / 86400
+    if left_days < WARN_DAYS:
+        log.warning("tls.cert %s ends in %.1f days: nobody can join after that", files.cert, left_days)
 
 
 def _check_readable(name: str, path: str) -> int:
@@ -199,9 +213,9 @@ def _refuse_password() -> str:
     raise _EncryptedKey
 
 
-def _shake_hands(server: ssl.SSLContext, files: TlsFiles, *, judged: str) -> None:
+def _shake_hands(server: ssl.SSLContext, files: TlsFiles, *, judged: str) -> dict[str, Any]:
     """We meet ourselves: `judged` ("client" or "server") is looked at as the other end of a connection would do it.
-    Raises ssl.SSLError."""
+    Our certificate, as the server sees it. Raises ssl.SSLError."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE if judged == "client" else ssl.CERT_REQUIRED
@@ -211,3 +225,4 @@ def _shake_hands(server: ssl.SSLContext, files: TlsFiles, *, judged: str) -> Non
     while sent := near.seal():
         far.open(sent)
         near.open(far.seal())
+    return far.peer()

@@ -79,5 +79,9 @@ def test_endpoint_and_options_of_torchrun_make_one_address() -> None:
     assert endpoint_of(with_files, is_etcd=True) == "etcd://a:1?ca=%2Fc+a"
     assert endpoint_of(params("etcd://a:1?ca=c", user="me"), is_etcd=False) == "etcd://a:1?ca=c&user=me"
     assert endpoint_of(params("a:1"), is_etcd=False) == "a:1"
+    named = params("etcd://a:1?ca=c&server_name=s", ca="other", server_name="other", cert="x", key="y")
+    assert endpoint_of(named, is_etcd=False) == "etcd://a:1?ca=c&server_name=s&cert=x&key=y", (
+        "the address first"
+    )
     with pytest.raises(UsageError, match="a certificate without its key"):
         endpoint_of(params("a:1", cert="c"), is_etcd=True)

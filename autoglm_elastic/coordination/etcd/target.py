@@ -39,9 +39,9 @@ class EtcdTarget:
     ca: str = ""
     cert: str = ""
     key: str = ""
-    server_name: str = ""
     user: str = ""
     password_file: str = ""
+    server_name: str = ""
 
     @property
     def is_tls(self) -> bool:
