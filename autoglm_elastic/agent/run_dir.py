@@ -51,6 +51,9 @@ _OURS: Final = (
 )
 """What a run writes, in the order in which it is destroyed: first what makes a snapshot visible."""
 
+_AFTER_RUN_JSON: Final = ("logs", "metrics.jsonl", "events.jsonl")
+"""What a run writes only once `run.json` is there, under names that others give their files too."""
+
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`run.json`. Unknown fields are ignored: a later version of the same format may add some."""
@@ -95,7 +98,8 @@ class RunDirectory:
         run_id: the job's name when the user gave one; None takes the directory's own, or a new one.
 
     Raises:
-        UsageError: another job's directory, a newer format, a damaged run.json, or not writable.
+        UsageError: another job's directory, a newer format, a damaged run.json, files of somebody else under
+            our names, or not writable.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, run_id: str | None) -> None:
@@ -105,6 +109,8 @@ class RunDirectory:
         info = _read_info(self.path)
         if info is not None:
             self._check(info, run_id)
+        else:
+            self._check_free()
         self.run_id = info.run_id if info is not None else run_id or str(uuid.uuid4())
         self._check_writable()
 
@@ -214,6 +220,15 @@ class RunDirectory:
             raise UsageError(
                 f"run directory {self.path} belongs to run {info.run_id}, not {run_id}",
                 do="give another --run-dir, or leave --rdzv-id out to go on with that run",
+            )
+
+    def _check_free(self) -> None:
+        """Without a `run.json` these are somebody else's: not to be written to, nor taken by `--fresh`."""
+        foreign = [name for name in _AFTER_RUN_JSON if os.path.lexists(self.path / name)]
+        if foreign:
+            raise UsageError(
+                f"run directory {self.path} has no {RUN_NAME}, so its {' and '.join(foreign)} are not ours",
+                do="give another --run-dir, or move them away",
             )
 
     def _check_writable(self) -> None:

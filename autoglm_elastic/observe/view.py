@@ -209,8 +209,8 @@ class RunView:
             case events.NodeLeft():
                 return [("bad", f"{event.node} left: {event.reason}")]
             case events.JobFinished():
-                ranks = range(self.world_size)
-                self._move(RankMoved(self.generation, rank, TaskState.DONE) for rank in ranks)
+                for state in (TaskState.RUNNING, TaskState.DONE):  # also where no step was committed
+                    self._move(RankMoved(self.generation, rank, state) for rank in range(self.world_size))
                 self._move([Ended(TaskState.DONE)])
                 return [("good", "finished")]
             case events.JobFailed():

@@ -101,3 +101,15 @@ def test_lines_of_several_agents_may_come_in_any_order(tmp_path: Path) -> None:
     follower = live.Follower(tmp_path)
     follower.refresh()
     assert follower.view.snapshots == 4
+
+
+def test_a_job_in_which_no_step_was_committed_has_finished_too(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / events.EVENTS_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    first = next(at for at, line in enumerate(lines) if b'"generation.sealed"' in line)
+    path.write_bytes(b"".join(lines[: first + 1] + lines[-1:]))
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    follower = live.Follower(tmp_path)
+    follower.refresh()
+    assert follower.view.tracker.job is TaskState.DONE
