@@ -38,6 +38,9 @@ class Incident(msgspec.Struct, kw_only=True):
     """When it was broken on purpose (`fault.injected`); None when nobody noted it."""
     closed: float | None = None
     """First committed step; None while it is open, or when the job ended in it."""
+    restarted: float | None = None
+    """When all workers had been started again; only of a job that had not committed a step, as scripts without
+    `elastic.run` never do."""
     generation: int | None = None
     """The generation that goes on."""
     tier: str = ""
@@ -255,12 +258,23 @@ def _incidents(
     changes: list[Change] = []
     fault: float | None = None
     newest_resumed = -1
+    started: dict[int, set[int]] = {}
     for record in records:
         event = record.event()
         current = incidents[-1] if incidents and incidents[-1].closed is None else None
+        broken = current if current is not None and current.restarted is None else None
         if isinstance(event, events.FaultInjected):
             fault = record.wall_time
-        elif isinstance(event, events.IncidentOpened) and current is None and event.id >= newest_resumed:
+        elif isinstance(event, events.WorkerStarted) and newest_resumed < 0:
+            ranks = started.setdefault(event.generation, set())
+            ranks.add(event.rank)
+            if (
+                broken is not None
+                and event.generation > broken.broke
+                and len(ranks) == worlds.get(event.generation)
+            ):
+                broken.restarted, broken.world_after = record.wall_time, len(ranks)
+        elif isinstance(event, events.IncidentOpened) and broken is None and event.id >= newest_resumed:
             incidents.append(
                 Incident(
                     broke=event.id,
@@ -273,9 +287,9 @@ def _incidents(
                 )
             )
             fault = None
-        elif isinstance(event, events.GenerationSealed) and current is None:
+        elif isinstance(event, events.GenerationSealed) and broken is None:
             # A node that is gone cannot say so; the seal of what goes on without it is the first news.
-            if not event.planned and event.parent >= 0 and event.parent >= newest_resumed >= 0:
+            if not event.planned and event.parent >= max(0, newest_resumed):
                 incidents.append(
                     Incident(
                         broke=event.parent,

@@ -18,7 +18,7 @@ from autoglm_elastic.errors import UsageError
 from autoglm_elastic.observe import presence
 from autoglm_elastic.observe.events import EVENTS_NAME
 from autoglm_elastic.observe.live import REFRESH_S, Follower
-from autoglm_elastic.observe.text import count, duration, shortened
+from autoglm_elastic.observe.text import count, duration, newest_step, shortened
 from autoglm_elastic.observe.view import Incident, RunView
 
 CUT_OFF: Final = "cut off"
@@ -178,12 +178,12 @@ def lines(status: Status) -> list[str]:
     """The status for people."""
     loss = "" if status.loss is None else f", loss {status.loss:.4f}"
     rate = "" if not status.steps_per_s else f", {status.steps_per_s:.3g} steps/s"
-    step = max(0, status.step)
+    step = newest_step(status.step)
     if status.state == CUT_OFF:
         when = datetime.fromtimestamp(status.wall_time).strftime("%Y-%m-%d %H:%M:%S")
-        stands = f"cut off at step {step}, {when}{loss}; the same command goes on with it"
+        stands = f"cut off, {step}, {when}{loss}; the same command goes on with it"
     else:
-        stands = f"{status.state}, step {step}{rate}{loss}{_by_its_log_alone(status)}"
+        stands = f"{status.state}, {step}{rate}{loss}{_by_its_log_alone(status)}"
     out = [
         f"run {status.run_id or '?'}: {stands}",
         f"generation {status.generation}: {count(status.world_size, 'worker')} on"
@@ -207,7 +207,12 @@ def _snapshots(status: Status) -> str:
 def incident_line(incident: Incident) -> str:
     """One incident in a line."""
     when = datetime.fromtimestamp(incident.opened).strftime("%H:%M:%S")
-    after = "" if incident.seconds is None else f"; back after {duration(incident.seconds)}"
+    if incident.seconds is not None:
+        after = f"; back after {duration(incident.seconds)}"
+    elif incident.restarted_s is not None:
+        after = f"; all workers started again after {duration(incident.restarted_s)}"
+    else:
+        after = ""
     source = f", state {incident.tier} from step {incident.from_step}" if incident.tier else ""
     return f"{when} {shortened(incident.reason)}{after}{source}"
 

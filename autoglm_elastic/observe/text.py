@@ -39,6 +39,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def newest_step(step: int) -> str:
+    """The newest committed step; -1: there is none."""
+    return f"step {step}" if step >= 0 else "no committed step"
+
+
 def shortened(text: str, chars_max: int = 100) -> str:
     """At most so many characters; what is cut off is marked."""
     return text if len(text) <= chars_max else text[: chars_max - 1].rstrip() + "…"
@@ -54,6 +59,9 @@ def phases(phases_s: dict[str, float]) -> str:
 def incident(item: Incident, number: int, started: float) -> list[str]:
     """One incident: what, how long, what it cost; then its phases."""
     what = f"  {number}. at {duration(item.opened - started)}: {item.reason}"
+    if item.closed is None and item.restarted is not None:
+        started_again = duration(item.restarted - item.opened)
+        return [what, f"     seen → all workers started again {started_again}; no step was committed"]
     if item.closed is None:
         return [what, "     not recovered from"]
     lost = "steps lost unknown" if item.steps_lost is None else f"{count(item.steps_lost, 'step')} lost"
@@ -113,7 +121,7 @@ def _in_common(items: Sequence[Incident]) -> list[str]:
 
 def _kind(item: Incident) -> str:
     if item.closed is None:
-        return "not recovered from"
+        return "not recovered from" if item.restarted is None else "all workers started again"
     before, after = item.world_before, item.world_after
     if before is None or after is None:
         world = "world not known"
@@ -137,7 +145,7 @@ def lines(report: Report, *, each: bool = False) -> list[str]:
     loss = "" if report.loss is None else f", loss {report.loss:.4f}"
     out = [
         f"run {report.run_id or '?'}: {report.status}{f' ({report.reason})' if report.reason else ''},"
-        f" step {report.step}{loss}, {duration(report.wall_s)}"
+        f" {newest_step(report.step)}{loss}, {duration(report.wall_s)}"
     ]
     if report.goodput is not None:
         startup = f", starting up took {duration(report.startup_s)}" if report.startup_s is not None else ""

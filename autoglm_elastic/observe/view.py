@@ -67,12 +67,14 @@ class RankRow:
 
 class Incident(msgspec.Struct, kw_only=True):
     """Generation `broke` broke. `seconds`: until the first committed step after it, in `generation`; None while it is
-    open, or where nobody is left who knows."""
+    open, or where nobody is left who knows. `restarted_s`: until all workers were started again; only of a job that has
+    not committed a step, as scripts without `elastic.run` never do."""
 
     broke: int
     reason: str
     opened: float
     seconds: float | None = None
+    restarted_s: float | None = None
     generation: int | None = None
     tier: str = ""
     from_step: int | None = None
@@ -109,6 +111,8 @@ class RunView:
         self._commits: deque[float] = deque(maxlen=RATE_STEPS)
         self._opened: float | None = None
         self._fault: float | None = None
+        self._up: tuple[int, set[int]] = (0, set())
+        """A generation, and the ranks that were started in it."""
 
     @property
     def world_size(self) -> int:
@@ -168,16 +172,19 @@ class RunView:
             case events.WorkerStarted():
                 self._workers[(event.node, event.local_rank)] = (event.pid, event.how)
                 self._refill(event.rank)
-                return []
+                if event.generation > self._up[0]:
+                    self._up = (event.generation, set())
+                if event.generation == self._up[0]:
+                    self._up[1].add(event.rank)
+                return self._all_started(now)
             case events.WorkerDied():
                 self._move([RankMoved(event.generation, event.rank, TaskState.FAILED)])
                 return [("bad", event.message or _death(event))]
             case events.WorkerStuck():
                 return [("bad", f"rank {event.rank} did not unwind within {event.waited_s:g} s: replaced")]
             case events.IncidentOpened():
-                if self._opened is None:
+                if not self._is_broken:
                     self._open(event.id, event.reason, now)
-                    self.failures += 1
                 return []
             case events.FaultInjected():
                 self._fault = now
@@ -231,17 +238,33 @@ class RunView:
             base += nproc
         if event.parent < 0:
             self.tracker = StateTracker()  # the command was started again: another life
-        elif not event.planned and self._opened is None:
+        elif not event.planned and not self._is_broken:
             self._open(event.parent, event.reason, now)
-            self.failures += 1
         before = self.world_size
         self.generation = event.number
         self._move([Sealed(event.number, tuple(nodes))])
         world = f"{before} → {event.world_size}" if before else f"{event.world_size}"
         text = f"generation {event.number}: {world} workers on {count(len(event.nodes), 'node')}"
-        return [("info", f"{text} ({event.reason})" if event.reason else text)]
+        return [("info", f"{text} ({event.reason})" if event.reason else text), *self._all_started(now)]
+
+    @property
+    def _is_broken(self) -> bool:
+        return self._opened is not None and self.incidents[-1].restarted_s is None
+
+    def _all_started(self, now: float) -> list[tuple[str, str]]:
+        """A job without a committed step: all that can be seen of its progress is that its workers were started."""
+        number, ranks = self._up
+        if self.step >= 0 or number != self.generation or len(ranks) < self.world_size:
+            return []
+        self._move(RankMoved(number, rank, TaskState.RUNNING) for rank in ranks)
+        if self._opened is None or not self._is_broken:
+            return []
+        self.recoveries += 1
+        self.incidents[-1].restarted_s = now - self._opened
+        return [("good", f"all workers were started again after {duration(now - self._opened)}")]
 
     def _open(self, broke: int, reason: str, now: float) -> None:
+        self.failures += 1
         self._opened = now
         self.incidents.append(Incident(broke=broke, reason=reason, opened=now))
 
@@ -257,10 +280,10 @@ class RunView:
             return [
                 ("good", f"going on with {count(self.world_size, 'worker')} after step {event.from_step}")
             ]
-        self.recoveries += 1
         seconds = None if opened is None else event.committed_wall_time - opened
         if self.incidents:
             current = self.incidents[-1]
+            self.recoveries += current.restarted_s is None
             current.seconds, current.generation = seconds, event.generation
             current.tier, current.from_step = event.tier, event.from_step
         return [

@@ -138,10 +138,14 @@ def test_fresh_says_what_it_would_destroy_and_spares_what_is_not_ours(run_dir: P
 
 
 @pytest.mark.parametrize("name", ["logs", "metrics.jsonl", "events.jsonl"])
-def test_what_others_wrote_under_our_names_is_neither_written_to_nor_destroyed(run_dir: Path, name: str) -> None:
+def test_what_others_wrote_under_our_names_is_neither_written_to_nor_destroyed(
+    run_dir: Path, name: str
+) -> None:
     run_dir.mkdir()
     (run_dir / name).write_text("mine")
-    with pytest.raises(UsageError, match=rf"has no run.json, so its {name} are not ours; .*another --run-dir"):
+    with pytest.raises(
+        UsageError, match=rf"has no run.json, so its {name} are not ours; .*another --run-dir"
+    ):
         RunDirectory(run_dir, run_id=None)
     assert tree(run_dir) == {name: b"mine"}
 

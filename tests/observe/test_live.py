@@ -9,7 +9,9 @@ from rich.console import Console
 from sample import write
 
 from autoglm_elastic.core.lifecycle import TaskState
-from autoglm_elastic.observe import events, live
+from autoglm_elastic.observe import events, live, status
+from autoglm_elastic.observe.report import build
+from autoglm_elastic.observe.text import lines
 
 
 def _console() -> Console:
@@ -113,3 +115,47 @@ def test_a_job_in_which_no_step_was_committed_has_finished_too(tmp_path: Path) -
     follower = live.Follower(tmp_path)
     follower.refresh()
     assert follower.view.tracker.job is TaskState.DONE
+
+
+def test_of_a_script_without_commits_it_is_seen_that_all_workers_were_started_again(tmp_path: Path) -> None:
+    log = events.EventLog(tmp_path / events.EVENTS_NAME, source="a")
+    follower = live.Follower(tmp_path)
+    told: list[TaskState] = []
+
+    def look() -> None:
+        follower.refresh()
+        told.append(follower.view.tracker.job)
+
+    def sealed(number: int, parent: int) -> None:
+        log.emit(
+            events.GenerationSealed(
+                number=number, parent=parent, world_size=2, nodes=["a"], nprocs=[2], planned=False
+            ),
+            wall_time=100.0 * number,
+        )
+        for rank in range(2):
+            look()
+            log.emit(
+                events.WorkerStarted(
+                    rank=rank, local_rank=rank, node="a", pid=9, generation=number, how="fork"
+                ),
+                wall_time=100.0 * number + 1 + rank,
+            )
+        look()
+
+    sealed(1, -1)
+    assert told == [TaskState.INIT, TaskState.INIT, TaskState.RUNNING]
+    for number in (1, 2):
+        opened = 100.0 * number + 50
+        log.emit(events.IncidentOpened(id=number, reason="rank 0 died", node="a", rank=0), wall_time=opened)
+        told.clear()
+        sealed(number + 1, number)
+        assert told == [TaskState.RECOVERING, TaskState.RECOVERING, TaskState.RUNNING]
+        assert follower.view.incidents[-1].restarted_s == 52.0
+    assert (follower.view.failures, follower.view.recoveries) == (2, 2)
+    log.emit(events.JobFinished(step=-1, generation=3), wall_time=400.0)
+    text = "\n".join(lines(build(tmp_path)))
+    assert "done, no committed step" in text
+    assert text.count("all workers started again 52 s") == 2
+    assert "not recovered" not in text
+    assert "all workers started again after 52 s" in "\n".join(status.lines(status.read(tmp_path)))

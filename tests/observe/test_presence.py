@@ -60,7 +60,7 @@ def test_a_run_is_cut_off_when_its_last_agent_is_killed(tmp_path: Path) -> None:
     two.end(signal.SIGKILL)
     told = status.read(tmp_path)
     assert (told.state, told.alive, told.step) == ("cut off", False, 80)
-    assert "cut off at step 80, " in status.lines(told)[0]
+    assert ": cut off, step 80, " in status.lines(told)[0]
 
 
 def test_agents_that_leave_take_their_files_with_them_and_sweep_those_of_the_dead(tmp_path: Path) -> None:
