@@ -9,6 +9,7 @@ error files, events, the exit barrier) is inherited, so that a newer torch bring
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -41,8 +42,11 @@ from autoglm_elastic.agent.zygote import Zygote
 from autoglm_elastic.core.budget import Budget
 from autoglm_elastic.core.membership import Generation, Placement
 from autoglm_elastic.errors import ExitCode
-from autoglm_elastic.observe.events import Event, EventLog
+from autoglm_elastic.observe.events import Event, EventLog, make
+from autoglm_elastic.observe.view import trouble
 from autoglm_elastic.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is untyped
@@ -92,8 +96,11 @@ class ElasticAgent(LocalElasticAgent):  # type: ignore[misc]  # torch's class is
         self.recent.take(event)
 
     def emit_named(self, name: str, fields: Mapping[str, object], *, rank: int) -> None:
-        """Note an event that a worker sent."""
+        """Note an event that a worker sent, and say it where people look if something is wrong."""
         self._events.emit_named(name, fields, source=f"rank {rank}")
+        with contextlib.suppress(TypeError, ValueError):
+            if text := trouble(make(name, fields)):
+                logger.warning("%s", text)
 
     @property
     def spec(self) -> WorkerSpec:

@@ -44,6 +44,10 @@ class Problem:
         )
 
 
+def _problem(file: str, tensor: str, error: ElasticError) -> Problem:
+    return Problem(file, tensor, str(error).removeprefix(f"{file}: "))
+
+
 def verify(
     blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry, *, on_bytes: OnBytes = _nobody
 ) -> list[Problem]:
@@ -55,7 +59,7 @@ def verify(
     try:
         manifest = catalog.manifest(entry)
     except ElasticError as error:
-        return [Problem(fmt.manifest_path(entry.manifest), "", str(error))]
+        return [_problem(fmt.manifest_path(entry.manifest), "", error)]
     problems = []
     if sum(pack.nbytes for pack in manifest.packs) != entry.nbytes:
         problems.append(Problem(fmt.entry_path(entry.name), "", "its size differs from the manifest's"))
@@ -92,7 +96,7 @@ def _chunks(
         try:
             chunks = opened.chunks(number)
         except ElasticError as error:
-            problems.append(Problem(fmt.pack_path(pack.sha256), "", str(error)))
+            problems.append(_problem(fmt.pack_path(pack.sha256), "", error))
             continue
         for name, some in chunks.items():
             boxes[name].extend((chunk.offsets, chunk.sizes) for chunk in some)
@@ -109,7 +113,7 @@ def _check(opened: OpenPacks, job: _Job) -> Problem | None:
     try:
         right = _digests(opened.reader(job.number), job.chunk) == (job.chunk.xxh3, job.chunk.sha256)
     except ElasticError as error:
-        return Problem(path, job.tensor, str(error))
+        return _problem(path, job.tensor, error)
     if right:
         return None
     return Problem(path, job.tensor, f"the digest of its chunk at {list(job.chunk.offsets)} differs")

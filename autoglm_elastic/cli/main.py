@@ -151,9 +151,11 @@ def report(
     each: Annotated[bool, typer.Option("--all", help="Every incident, however many there are.")] = False,
 ) -> None:
     """What a run went through: incidents and their phases, goodput, snapshots."""
+    from autoglm_elastic.agent.run_dir import check_format
     from autoglm_elastic.observe import events, metrics, plot, text, timeline
     from autoglm_elastic.observe import report as room
 
+    check_format(run)
     told = room.build(run)
     steps = list(metrics.read(run / events.METRICS_NAME)) if png or timeline_png else []
     if png is not None:
@@ -256,11 +258,13 @@ def _settings(file: Path | None, overrides: Iterable[str]) -> Loaded:
 @contextlib.contextmanager
 def _source(run: str, rdzv_id: str | None, file: Path | None, overrides: Iterable[str]) -> Iterator[Source]:
     from autoglm_elastic.agent import onlooker
+    from autoglm_elastic.agent.run_dir import check_format
     from autoglm_elastic.observe.status import RunDirectorySource
 
     if not onlooker.is_address(run):
         if rdzv_id is not None:
             raise UsageError("--rdzv-id with a run directory", do="leave it out, or give the job's store")
+        check_format(run)
         yield RunDirectorySource(run)
         return
     if rdzv_id is None:

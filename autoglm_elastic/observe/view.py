@@ -30,6 +30,7 @@ from autoglm_elastic.observe.text import count, duration, shortened, size
 
 MESSAGES_MAX: Final = 200
 LOSSES_MAX: Final = 60
+REASON_CHARS_MAX: Final = 200
 INCIDENTS_MAX: Final = 8
 RATE_STEPS: Final = 50
 """The rate is that of the newest steps, at most so many."""
@@ -51,6 +52,22 @@ def _death(event: events.WorkerDied) -> str:
     number = -event.exit_code
     how = f"exit code {event.exit_code}" if number <= 0 else _SIGNALS.get(number, f"signal {number}")
     return f"rank {event.rank} on {event.node} died: {how}"
+
+
+def trouble(event: events.Event) -> str:
+    """What people must hear of although training goes on: something is wrong with the snapshots; else ""."""
+    match event:
+        case events.SnapshotAborted() | events.SnapshotFailed():
+            return f"snapshot of step {event.step} was given up: {shortened(event.reason, REASON_CHARS_MAX)}"
+        case events.GenerationUnrecorded():
+            return f"no snapshots before the record of generation {event.generation} can be written"
+        case events.StateTorn():
+            return f"rank {event.rank} cannot be resumed from: {event.reason}"
+        case events.SnapshotRejected():
+            return f"snapshot {event.entry} does not verify: {event.reason}"
+        case events.CleanupFailed():
+            return f"old snapshots were not removed: {shortened(event.reason)}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,20 +212,8 @@ class RunView:
                 self.snapshots += 1
                 self.snapshot_step = event.step
                 return [("note", f"snapshot of step {event.step} committed ({size(event.nbytes)})")]
-            case events.SnapshotAborted() | events.SnapshotFailed():
-                return [("bad", f"snapshot of step {event.step} was given up: {shortened(event.reason)}")]
-            case events.GenerationUnrecorded():
-                return [
-                    ("bad", f"no snapshots before the record of generation {event.generation} can be written")
-                ]
-            case events.StateTorn():
-                return [("bad", f"rank {event.rank} cannot be resumed from: {event.reason}")]
-            case events.SnapshotRejected():
-                return [("bad", f"snapshot {event.entry} does not verify: {event.reason}")]
             case events.SnapshotRolledBack():
                 return [("note", f"rolled back to snapshot {event.entry}")]
-            case events.CleanupFailed():
-                return [("bad", f"old snapshots were not removed: {shortened(event.reason)}")]
             case events.FallbackSpawn():
                 return [("note", f"{event.node} starts fresh interpreters: {event.reason}")]
             case events.ZygoteLost():
@@ -228,7 +233,8 @@ class RunView:
                 if event.requeue:
                     return [("note", "stopped on request, with a snapshot: the same command goes on from it")]
                 return [("note", f"stopped on signal {event.signal}")]
-        return []
+        text = trouble(event)
+        return [("bad", text)] if text else []
 
     def _sealed(self, event: events.GenerationSealed, now: float) -> list[tuple[str, str]]:
         nprocs = event.nprocs or [event.world_size // max(1, len(event.nodes))] * len(event.nodes)

@@ -27,10 +27,23 @@ _NO: Final = b"0"
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """`since_s`: the newest snapshot was begun so many seconds ago, or training. `interrupted`: the end of its
+    generation ended it, so another is due."""
+
+    since_s: float = 0.0
+    interrupted: bool = False
+
+
+NEW_INTERVAL: Final = Interval()
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
     """What one rank brings along. `job`: seed and cursors; `seed`: of its torch; `names`: what it tracks;
     `shards`: how many make up its sharded state; `unwritten`: lineage records that the disk did not take;
-    `followed`: the generation whose plan it last followed, -1 for none; `lines`: the last metrics that it knows."""
+    `followed`: the generation whose plan it last followed, -1 for none; `lines`: the last metrics that it knows;
+    `interval`: how far the time until the next snapshot has run."""
 
     holding: Holding
     job: dict[str, Any]
@@ -40,6 +53,7 @@ class Held:
     unwritten: tuple[dict[str, Any], ...] = ()
     followed: int = -1
     lines: tuple[dict[str, Any], ...] = ()
+    interval: Interval = NEW_INTERVAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class Agreement:
     """The plan and what goes with it: `job` of the step resumed from, `names` that the source tracks, and for
     a state from disk its `entry` and `layouts`. `unwritten`: lineage records that the disk did not take,
     oldest first: no snapshot is committed before they are written. `lines`: the last metrics of a live state, as its
-    holders know them, oldest first."""
+    holders know them, oldest first. `interval`: of a live state, what went on meanwhile counts."""
 
     plan: Plan
     job: dict[str, Any]
@@ -57,6 +71,7 @@ class Agreement:
     layouts: dict[str, Any] = field(default_factory=dict)
     unwritten: tuple[dict[str, Any], ...] = ()
     lines: tuple[dict[str, Any], ...] = ()
+    interval: Interval = NEW_INTERVAL
 
 
 class Stored:
@@ -165,6 +180,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             holders=holders,
             unwritten=unwritten,
             lines=_last_lines(held),
+            interval=_interval(held),
         )
     if plan.tier == "disk":
         job, layouts = dict(opened["job"]), dict(opened["layouts"])
@@ -268,6 +284,11 @@ def _last_lines(held: Sequence[Held]) -> tuple[dict[str, Any], ...]:
     return tuple(known[key] for key in sorted(known)[-LINES_MAX:])
 
 
+def _interval(held: Sequence[Held]) -> Interval:
+    known = [one.interval for one in held]
+    return Interval(max(each.since_s for each in known), any(each.interrupted for each in known))
+
+
 def _resuming_from(entry: str, plan: Plan) -> Plan:
     """The plan names the newest candidate's step; the one that did verify may be an older one."""
     fact = parse_entry_name(entry)
@@ -306,6 +327,7 @@ def _held(data: dict[str, Any]) -> Held:
         tuple(data["unwritten"]),
         data["followed"],
         tuple(data["lines"]),
+        Interval(**data["interval"]),
     )
 
 
@@ -320,4 +342,5 @@ def _from_json(data: dict[str, Any]) -> Agreement:
         data["layouts"],
         tuple(data["unwritten"]),
         tuple(data["lines"]),
+        Interval(**data["interval"]),
     )

@@ -26,7 +26,15 @@ from autoglm_elastic.core.split import Cursor
 from autoglm_elastic.errors import ExitCode
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training import endings, environment
-from autoglm_elastic.training.agreement import Agreement, Held, Stored, agree, agree_on_end, as_event
+from autoglm_elastic.training.agreement import (
+    NEW_INTERVAL,
+    Agreement,
+    Held,
+    Stored,
+    agree,
+    agree_on_end,
+    as_event,
+)
 from autoglm_elastic.training.control import Control
 from autoglm_elastic.training.groups import Groups
 from autoglm_elastic.training.job import Job
@@ -75,6 +83,7 @@ class Session:
         self._snapshots: Snapshots | None = None
         self._line: Line | None = None
         self._unwritten: tuple[dict[str, Any], ...] = ()
+        self._interval = NEW_INTERVAL
         self._store: Any = None
         self._remains: list[Any] = []
         self._generation = -1
@@ -245,6 +254,7 @@ class Session:
             self._unwritten,
             self.state.followed,
             self.metrics.lines(),
+            self._interval,
         )
 
     def _begin(self, world: wire.World, agreement: Agreement) -> None:
@@ -253,7 +263,8 @@ class Session:
         if self._snapshots is not None:
             self._unwritten = agreement.unwritten
             records = [GenerationRecord.from_json(data) for data in agreement.unwritten]
-            self._snapshots.resumed_at(max(plan.step, 0), records)
+            self._interval = agreement.interval
+            self._snapshots.resumed_at(max(plan.step, 0), records, agreement.interval)
         if agreement.entry is not None and self._snapshots is not None:
             load = self._snapshots.loader(agreement.entry)
             self._snapshot_step = plan.step
@@ -339,6 +350,7 @@ class Session:
                 },
             )
         if self._snapshots is not None:
+            self._interval = self._snapshots.interval(self._interval)
             self._snapshots.close()
             self._snapshots = None
         self._store = None

@@ -17,7 +17,7 @@ from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, Votes, VotesLost
 from autoglm_elastic.settings import Settings
-from autoglm_elastic.training.agreement import Stored, write_records
+from autoglm_elastic.training.agreement import Interval, Stored, write_records
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -156,8 +156,9 @@ class Snapshots(Stored):
         self._emit = emit
         self._interval_steps = settings.snapshot.interval_steps
         self._interval_s = settings.snapshot.interval_s
-        self._asked_at = time.monotonic()
+        self._asked_at = 0.0
         self._asked_step = 0
+        self._entered = False
         self._trigger = CoalescingTrigger()
         self._due = False
         """A snapshot is to begin at the next boundary that all ranks agree on."""
@@ -167,6 +168,7 @@ class Snapshots(Stored):
         self._owed: list[GenerationRecord] = []
         self._putting: tuple[GenerationRecord, Future[Outcome]] | None = None
         self._broken = False
+        self._interrupted = False
         self._enough = threading.Event()
         """Ends the wait under way."""
 
@@ -211,11 +213,23 @@ class Snapshots(Stored):
 
     # What the running job needs.
 
-    def resumed_at(self, step: int, unwritten: Iterable[GenerationRecord]) -> None:
-        """Where the generation begins: steps count from there. `unwritten`: records that must be on disk
-        before a snapshot can be."""
+    def resumed_at(self, step: int, unwritten: Iterable[GenerationRecord], interval: Interval) -> None:
+        """Where the generation begins: steps count from there, and seconds from where they did. `unwritten`:
+        records that must be on disk before a snapshot can be."""
         self._asked_step = step
+        self._asked_at = time.monotonic() - interval.since_s
         self._owed = list(unwritten)
+        if self._rank == 0 and interval.interrupted:
+            self._trigger, self._due = self._trigger.request()
+        self._entered = True
+
+    def interval(self, before: Interval) -> Interval:
+        """For the next generation, after the end of this one. `before`: what was handed to this one."""
+        if not self._entered:
+            return before
+        self.collect()
+        given_up = self._interrupted and self.committed_step != self._begun_step
+        return Interval(time.monotonic() - self._asked_at, self._due or given_up or self._handle is not None)
 
     def loader(self, entry: str) -> Callable[[dict[str, Any]], None]:
         def load(state: dict[str, Any]) -> None:
@@ -307,6 +321,7 @@ class Snapshots(Stored):
         """From any thread: the generation is broken, nobody is to wait for a snapshot any more."""
         self._broken = True
         self._enough.set()
+        self._interrupted = self._handle is not None
 
     def collect(self) -> None:
         """Note what became of the snapshot under way, if it is decided."""

@@ -100,6 +100,15 @@ def test_status_as_text_and_json(recorded: Path, capsys: pytest.CaptureFixture[s
     assert [rank["pid"] for rank in told["ranks"]] == [101, 103, 203, 204]
 
 
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_of_a_newer_format_nothing_is_told(
+    recorded: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recorded / "run.json").write_text('{"run_id": "a", "format_version": 99, "created": ""}')
+    assert main([command, str(recorded)]) == 2
+    assert "format version 99; valid: up to" in capsys.readouterr().err
+
+
 def test_config_prints_a_file_that_gives_the_same_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

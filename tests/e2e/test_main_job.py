@@ -228,4 +228,5 @@ def test_a_flipped_bit_falls_back_to_the_snapshot_before(
     )
     assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
     assert events(run_dir, "snapshot.rejected")[0]["entry"] == damaged_entry
+    assert any(f"snapshot {damaged_entry} does not verify: packs/" in line for line in job.text)
     assert events(run_dir, "plan.decided")[-1]["step"] == resumed_step
