@@ -14,7 +14,9 @@ from autoglm_elastic.bench.steplog import StepLog
 from autoglm_elastic.errors import UsageError
 
 
-@pytest.mark.parametrize("mode", ["torchrun-own-store", "unmodified", "elastic"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("torchrun-own-store", marks=pytest.mark.long), "unmodified", "elastic"]
+)
 def test_a_kill_is_measured_and_written(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def status(run_dir: Path) -> dict[str, object]:
     return told
 
 
+@pytest.mark.long
 def test_sigterm_to_one_agent_stops_the_job_with_a_snapshot_and_the_same_commands_resume(
     run_dir: Path,
 ) -> None:
@@ -156,6 +157,7 @@ def test_an_agent_that_is_cut_off_from_the_store_fences_itself_and_comes_back(
     assert_each_step_once(run_dir)
 
 
+@pytest.mark.long
 def test_a_node_that_joins_as_the_job_ends_changes_nothing(run_dir: Path, tmp_path: Path) -> None:
     fifo, port = tmp_path / "fifo", free_port()
     os.mkfifo(fifo)

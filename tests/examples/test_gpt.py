@@ -34,6 +34,7 @@ def test_alone_and_on_two_workers_it_is_the_same_training(tmp_path: Path) -> Non
     assert two["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torch.distributed.run", "autoglm_elastic.cli.run"])
 def test_the_plain_version_runs_under_both_launchers(launcher: str, tmp_path: Path) -> None:
     result = _run(launcher, "--standalone", "--nproc-per-node=2", "-m", DDP, out=tmp_path / "ddp.json")

@@ -63,7 +63,7 @@ def newest_files(run: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("which", ["entry", "manifest", "pack"])
+@pytest.mark.parametrize("which", ["entry", "manifest", pytest.param("pack", marks=pytest.mark.long)])
 def test_a_flip_of_any_byte_is_found_and_recovery_falls_back(run: Path, which: str) -> None:
     path = newest_files(run)[which]
     sound = path.read_bytes()
