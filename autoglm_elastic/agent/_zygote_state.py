@@ -90,6 +90,9 @@ def prepare(state: worker_main.FreshState, preload: Sequence[str], search_path: 
     env, cwd = dict(os.environ), os.getcwd()
     query = subprocess.Popen([sys.executable, "-c", _STARTUP_QUERY], stdout=subprocess.PIPE)
     _import(ALWAYS_IMPORTED)
+    from autoglm_elastic.agent._reverse_dns import forgo_reverse_lookups  # it imports torch
+
+    forgo_reverse_lookups()
     output, _ = query.communicate(timeout=_STARTUP_QUERY_S)
     path, modules, *flags = ast.literal_eval(output.decode())
     path = path if sys.flags.safe_path else path[1:]

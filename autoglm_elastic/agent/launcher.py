@@ -31,6 +31,7 @@ from torch.distributed.launcher import api as torch_launcher
 from torch.distributed.launcher.api import LaunchConfig
 
 from autoglm_elastic.agent import _endpoint, _foreign, _security, flags, run_path
+from autoglm_elastic.agent._reverse_dns import forgo_reverse_lookups
 from autoglm_elastic.agent.agent import ElasticAgent
 from autoglm_elastic.agent.keeper import NodeKeeper, name_of_node
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler, torchrun_handler
@@ -63,6 +64,7 @@ def launch(command: flags.Command) -> int:
     if command.args.run_dir is not None:
         run_dir = RunDirectory(command.args.run_dir, run_id=command.run_id_given)
     place = _snapshot_place(command)
+    forgo_reverse_lookups()
     zygote = _fork_zygote(command)
     try:
         # torch's @record: this launcher's own error file, for a launcher above it. After the fork, because it

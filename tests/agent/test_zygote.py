@@ -178,6 +178,14 @@ def test_torch(launcher: Launcher) -> None:
     assert len({*one.err.split()[1:], *two.err.split()[1:]}) == 8  # no seed, no number occurs twice
 
 
+def test_a_lost_packet_of_the_dns_delays_no_store(launcher: Launcher) -> None:
+    """torch asks for the name of whom it connects to, only to log it; a worker of the zygote does not."""
+    forked, executed = both(launcher, python(str(SCRIPTS / "asks.py")))
+    assert "in-addr" in executed.err
+    assert forked.err.splitlines()[-1] == "asked nobody"
+    assert "hostname" not in forked.err
+
+
 def test_output_arrives_unbuffered(launcher: Launcher, project: Path) -> None:
     """What was printed before a SIGKILL is there, from Python and from C."""
     script = project / "prints.py"

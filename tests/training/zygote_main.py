@@ -55,6 +55,9 @@ def main() -> None:
     import jobs  # noqa: F401
 
     import autoglm_elastic.training.run  # noqa: F401
+    from autoglm_elastic.agent._reverse_dns import forgo_reverse_lookups
+
+    forgo_reverse_lookups()
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
