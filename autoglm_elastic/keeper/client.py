@@ -22,6 +22,7 @@ from autoglm_elastic.catalog.format import Pack
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper import address, messages
+from autoglm_elastic.keeper._sender import Sender
 from autoglm_elastic.keeper.job import WriteJob
 from autoglm_elastic.keeper.memory import ADVICE, Memory, MemoryRefused
 from autoglm_elastic.keeper.messages import one_line
@@ -36,12 +37,18 @@ ANSWER_S: Final = 60.0
 """How long a keeper may take to answer what it does at once; it may be starved by busy neighbours."""
 ALLOCATE_S: Final = 300.0
 """How long a segment may take: its pages are touched once, at a few GiB/s."""
+FLUSH_S: Final = 2.0
+"""How long the end of a connection waits for a keeper that does not read."""
 _ATTEMPTS: Final = 3
 """A keeper that ended just when it was found is looked for again."""
 
 
 class KeeperGone(PlatformError):
     """No keeper can be had, or it has died: what it had not made durable for us is lost."""
+
+
+class Unanswered(PlatformError):
+    """A keeper that may only be slow."""
 
 
 class Pending:
@@ -97,7 +104,7 @@ class Keeper:
         self.pid = pid
         self._socket, self._url, self._on_told = connection, url, on_told
         self._lock = threading.RLock()
-        self._sending = threading.Lock()
+        self._sender = Sender(connection, self._unsent)
         self._known = messages.Known()
         self._answers: dict[tuple[type[messages.Message], int], _Answer] = {}
         self._jobs: dict[int, _Job] = {}
@@ -105,7 +112,6 @@ class Keeper:
         self._next = 0
         self._rank, self._world_size, self._generation = 0, 1, 0
         self._gone = ""
-        self._on_gone: Callable[[str], None] | None = None
         _connected.add(self)
         self._reader = threading.Thread(target=self._read, name="autoglm-keeper", daemon=True)
 
@@ -173,8 +179,14 @@ class Keeper:
         """Returns when this connection has ended, from whichever side."""
         self._reader.join()
 
+    def take(self, nbytes: int) -> Segment | None:
+        """A free segment of at least `nbytes` that is here already, ours until its snapshot is settled or it is given
+        back. Waits for nobody."""
+        with self._lock:
+            return self._segments.take(nbytes)
+
     def segment(self, nbytes: int) -> Segment:
-        """A free segment of at least `nbytes`, ours until its snapshot is settled or it is given back. Raises
+        """As `take`; where there is none the keeper is asked for one, and given up when it does not answer. Raises
         ElasticError: KeeperGone, or memory that is refused."""
         with self._lock:
             found = self._segments.take(nbytes)
@@ -185,7 +197,11 @@ class Keeper:
         for one in small:
             one.held.close()
             self._say(messages.Free(one.number))
-        answer = self._ask(messages.Allocate(number, nbytes), messages.Allocated, number, ALLOCATE_S)
+        try:
+            answer = self._ask(messages.Allocate(number, nbytes), messages.Allocated, number, ALLOCATE_S)
+        except Unanswered as error:
+            self._lose(str(error))
+            raise KeeperGone(self._gone) from error
         if not isinstance(answer.message, messages.Allocated) or len(answer.fds) != 1:
             raise PlatformError("a segment without memory")
         segment = Segment(number, Memory(answer.fds[0], answer.message.nbytes))
@@ -255,6 +271,7 @@ class Keeper:
         """Ends the connection in good order; the keeper finishes what is in flight. Idempotent."""
         with contextlib.suppress(ElasticError):
             self._say(messages.Bye())
+            self._sender.flush(FLUSH_S)
         self._lose("this side has closed the connection")
         if self._reader.is_alive() and self._reader is not threading.current_thread():
             self._reader.join(timeout=ANSWER_S)
@@ -267,16 +284,15 @@ class Keeper:
         return self._next
 
     def _say(self, message: messages.Message, raw: bytes = b"") -> None:
-        """Raises KeeperGone."""
-        data = memoryview(messages.frame(message, raw))
+        """Waits for nobody. Raises KeeperGone."""
         if self._gone:
             raise KeeperGone(self._gone)
-        try:
-            with self._sending:
-                self._socket.sendall(data)
-        except OSError as error:
-            self._lose(f"the keeper (process {self.pid}) is gone: {error.strerror or error}")
-            raise KeeperGone(self._gone) from error
+        if not self._sender.put(messages.frame(message, raw)):
+            self._lose(f"the keeper (process {self.pid}) does not read what it is sent")
+            raise KeeperGone(self._gone)
+
+    def _unsent(self, error: OSError) -> None:
+        self._lose(f"the keeper (process {self.pid}) is gone: {error.strerror or error}")
 
     def _remembered(self, raw: bytes) -> str:
         """The digest by which the keeper knows `raw`, which is sent unless it does."""
@@ -289,14 +305,14 @@ class Keeper:
     def _ask(
         self, request: messages.Message, reply: type[messages.Message], number: int, timeout_s: float
     ) -> _Answer:
-        """Raises KeeperGone; PlatformError when it is refused or takes longer."""
+        """Raises KeeperGone; Unanswered when it takes longer; MemoryRefused."""
         answer = _Answer()
         with self._lock:
             self._answers[reply, number] = answer
         try:
             self._say(request)
             if not answer.ready.wait(timeout_s):
-                raise PlatformError(f"the keeper did not answer within {timeout_s} s")
+                raise Unanswered(f"the keeper (process {self.pid}) did not answer within {timeout_s} s")
         finally:
             with self._lock:
                 self._answers.pop((reply, number), None)
@@ -385,10 +401,13 @@ class Keeper:
             self._segments.give_back(job.segment)
 
     def _lose(self, reason: str) -> None:
+        if self._gone:
+            return
         with self._lock:
             if self._gone:
                 return
             self._gone = reason
+            self._sender.close()
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             answers, jobs = list(self._answers.values()), list(self._jobs.values())

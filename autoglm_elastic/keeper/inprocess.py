@@ -67,6 +67,11 @@ class InProcess:
         del generation
         self._rank, self._world_size = rank, world_size
 
+    def take(self, nbytes: int) -> Segment | None:
+        """As `Keeper.take`."""
+        with self._changed:
+            return self._segments.take(nbytes)
+
     def segment(self, nbytes: int) -> Segment:
         """As `Keeper.segment`. Raises MemoryRefused, PlatformError."""
         with self._changed:

@@ -61,8 +61,14 @@ class Line:
             if self._keeper is not None:
                 self._keeper.enter(rank=rank, world_size=world_size, generation=generation)
 
+    def known(self) -> Keeper | InProcess | None:
+        """The keeper that the line is open to, if it is. Waits for nobody."""
+        with self._lock:
+            return None if self._keeper is None or self._keeper.gone else self._keeper
+
     def open(self) -> Keeper | InProcess:
-        """Raises ElasticError."""
+        """Waits for a keeper that is being started, or does not answer: not for the training's thread. Raises
+        ElasticError."""
         with self._connecting:
             with self._lock:
                 if self._keeper is not None and not self._keeper.gone:

@@ -23,6 +23,7 @@ from autoglm_elastic.catalog.prepared import Wish
 from autoglm_elastic.core.commit import Verdict
 from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper import InProcess, Keeper, Pending, Segment, WriteJob
+from autoglm_elastic.snapshot._memory import MemorySource
 from autoglm_elastic.snapshot.copy import ChangedEarly, Copy, can_guard
 from autoglm_elastic.snapshot.cuda import Pinned
 from autoglm_elastic.snapshot.layout import Layout, Taken
@@ -122,7 +123,8 @@ class Stager:
     """Begins snapshots; keeps what the next one can use. `begin` is for one thread."""
 
     def __init__(self, line: Line, rank: int, world_size: int, failpoint: Failpoints) -> None:
-        self._line, self._rank, self._world_size = line, rank, world_size
+        self._rank, self._world_size = rank, world_size
+        self._memory = MemorySource(line.open, line.known)
         self._failpoint = failpoint
         self._layout: Layout | None = None
         self._images = Images(())
@@ -144,8 +146,7 @@ class Stager:
             taken = self._layout.take(state) if self._layout is not None else None
             if taken is None:
                 taken = self._lay_out(state)
-            keeper = self._line.open()
-            segment = keeper.segment(max(1, self._images.nbytes))
+            keeper, segment = self._memory.get(max(1, self._images.nbytes))
             try:
                 copy = self._copy(taken, segment, optimizers)
             except BaseException:

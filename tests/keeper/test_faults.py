@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -193,6 +194,28 @@ def test_a_stopped_keeper_costs_a_bounded_wait(ensure: Ensure) -> None:
     finally:
         os.kill(keeper.pid, signal.SIGCONT)
     assert pending.wait(WAIT_S)
+
+
+def test_nobody_waits_for_a_keeper_that_does_not_read(ensure: Ensure) -> None:
+    """More is told to it than fits into the socket: all of it arrives when it goes on."""
+    keeper = ensure()
+    share = Share()
+    segment = keeper.segment(share.nbytes)
+    share.fill(segment, 1)
+    job = share.job(Snapshot(1, 1), segment)
+    os.kill(keeper.pid, signal.SIGSTOP)
+    try:
+        pending = keeper.write(dataclasses.replace(job, details=b" " * (8 << 20) + job.details))
+        keeper.enter(rank=0, world_size=1, generation=2)
+        keeper.settled(Snapshot(9, 9), Verdict.ABORT)
+        assert keeper.take(share.nbytes) is None
+        with pytest.raises(ElasticError, match="did not answer within"):
+            keeper._ask(messages.Settle(77), messages.Settled, 77, 0.05)
+        assert not pending.done()
+    finally:
+        os.kill(keeper.pid, signal.SIGCONT)
+    assert pending.wait(WAIT_S)
+    assert keeper.settle(WAIT_S)
 
 
 def test_where_no_keeper_can_be_had_the_rank_writes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

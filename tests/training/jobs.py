@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import autoglm_elastic as elastic
+from autoglm_elastic.snapshot import _memory
 from autoglm_elastic.training import move
 
 _report: socket.socket | None = None
@@ -113,14 +114,16 @@ def train(
     far: bool = False,
     held: str = "",
     loaders: int = 0,
+    memory_s: float = _memory.ANSWER_S,
 ) -> None:
     """A small regression.
 
     `die`: {"rank", "step"}: that rank stops in the middle of that step of its first generation. `holds`:
     [generation, step, rank]: there that rank waits to be killed, or with rank -1 rank 0 waits to be told to
     go on. `held`: the snapshot of the first generation stays in flight "until a leave" waits for it, or
-    "for good".
+    "for good". `memory_s`: how long a keeper may take to give memory.
     """
+    _memory.ANSWER_S = memory_s
     if far:
         move.place = lambda: [str(os.getpid())]  # as if every worker were on a host of its own
     data = Regression(size)

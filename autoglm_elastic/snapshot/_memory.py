@@ -1,0 +1,90 @@
+"""Memory to stage into, asked for where a keeper that does not answer holds nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from autoglm_elastic.errors import ElasticError, PlatformError
+from autoglm_elastic.keeper import InProcess, Keeper, Segment
+
+ANSWER_S: Final = 10.0
+"""So long the training thread waits for a keeper that is being started or has to give memory, once: while it has not
+answered, what is staged later is refused at once."""
+FILL_BYTES_PER_S: Final = float(1 << 30)
+"""Memory is touched once before it is used, at least so fast."""
+
+
+class Staged(NamedTuple):
+    """A segment, and who writes from it."""
+
+    keeper: Keeper | InProcess
+    segment: Segment
+
+
+class _Request:
+    """One question on its way. What comes when nobody waits any more is free for the next snapshot."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._answer: Staged | ElasticError | None = None
+        self._left = False
+
+    def run(self, open_: Callable[[], Keeper | InProcess], nbytes: int) -> None:
+        answer: Staged | ElasticError
+        try:
+            keeper = open_()
+            answer = Staged(keeper, keeper.segment(nbytes))
+        except ElasticError as error:
+            answer = error
+        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
+            answer = PlatformError(f"memory for a snapshot: {type(error).__name__}: {error}")
+        with self._changed:
+            self._answer = answer
+            if self._left and isinstance(answer, Staged):
+                answer.keeper.give_back(answer.segment)
+            self._changed.notify_all()
+
+    def answered(self) -> bool:
+        with self._changed:
+            return self._answer is not None
+
+    def wait(self, timeout_s: float) -> Staged:
+        with self._changed:
+            self._changed.wait_for(lambda: self._answer is not None, timeout=timeout_s)
+            if self._answer is None:
+                self._left = True
+                raise PlatformError(f"the keeper gave no memory within {timeout_s:.0f} s")
+            if isinstance(self._answer, ElasticError):
+                raise self._answer
+            return self._answer
+
+
+class MemorySource:
+    """Where one thread gets its segments from.
+
+    Args:
+        open_: the line to the keeper; may take long.
+        known: the keeper if there is one already; waits for nobody.
+    """
+
+    def __init__(
+        self, open_: Callable[[], Keeper | InProcess], known: Callable[[], Keeper | InProcess | None]
+    ) -> None:
+        self._open, self._known = open_, known
+        self._request: _Request | None = None
+
+    def get(self, nbytes: int) -> Staged:
+        """At once where there is memory from the snapshot before. Raises ElasticError."""
+        keeper = self._known()
+        segment = None if keeper is None else keeper.take(nbytes)
+        if keeper is not None and segment is not None:
+            return Staged(keeper, segment)
+        if self._request is not None and not self._request.answered():
+            raise PlatformError("the keeper has not answered an earlier request for memory")
+        self._request = request = _Request()
+        threading.Thread(
+            target=request.run, args=(self._open, nbytes), name="autoglm-snapshot-memory", daemon=True
+        ).start()
+        return request.wait(ANSWER_S + nbytes / FILL_BYTES_PER_S)
