@@ -12,16 +12,16 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable
-from time import monotonic
 from typing import Any, Final
 
 import msgspec
 
-from autoglm_elastic import wire
 from autoglm_elastic.catalog.format import Pack
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper import address, messages
+from autoglm_elastic.keeper._greeting import greet, path_of
+from autoglm_elastic.keeper._pending import KeeperGone, Pending, Unanswered
 from autoglm_elastic.keeper._sender import Sender
 from autoglm_elastic.keeper.job import WriteJob
 from autoglm_elastic.keeper.memory import ADVICE, Memory, MemoryRefused
@@ -41,38 +41,6 @@ FLUSH_S: Final = 2.0
 """How long the end of a connection waits for a keeper that does not read."""
 _ATTEMPTS: Final = 3
 """A keeper that ended just when it was found is looked for again."""
-
-
-class KeeperGone(PlatformError):
-    """No keeper can be had, or it has died: what it had not made durable for us is lost."""
-
-
-class Unanswered(PlatformError):
-    """A keeper that may only be slow."""
-
-
-class Pending:
-    """A job on its way. Any thread may wait for it."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._packs: tuple[Pack, ...] = ()
-        self._error: ElasticError | None = None
-
-    def done(self) -> bool:
-        return self._done.is_set()
-
-    def wait(self, timeout_s: float) -> tuple[Pack, ...]:
-        """The packs, durable under their names. Raises ElasticError: why they are not, or not yet."""
-        if not self._done.wait(timeout_s):
-            raise PlatformError(f"the packs were not durable within {timeout_s} s")
-        if self._error is not None:
-            raise self._error
-        return self._packs
-
-    def settle(self, packs: tuple[Pack, ...], error: ElasticError | None = None) -> None:
-        self._packs, self._error = packs, error
-        self._done.set()
 
 
 class _Answer:
@@ -138,14 +106,14 @@ class Keeper:
         """
         url = address.canonical(url)
         try:
-            path = _path_of(url, node)
+            path = path_of(url, node)
             for _ in range(_ATTEMPTS):
                 connection = connect(path, ANSWER_S)
                 if connection is None:
                     start(path, url, settings or load(environ=os.environ).settings.keeper)
                     connection = connect(path, ANSWER_S)
                 if connection is not None:
-                    pid = _greet(connection, url, rank)
+                    pid = greet(connection, url, rank, ANSWER_S)
                     if pid is not None:
                         keeper = cls(connection, pid, url, on_told)
                         keeper.enter(rank=rank, world_size=world_size, generation=generation)
@@ -161,7 +129,7 @@ class Keeper:
     def listens(url: str, *, node: str | None = None) -> bool:
         """Whether there may be a keeper already. Starts nothing."""
         try:
-            return os.path.exists(_path_of(address.canonical(url), node))
+            return os.path.exists(path_of(address.canonical(url), node))
         except (ElasticError, OSError):
             return False
 
@@ -419,42 +387,6 @@ class Keeper:
             job.pending.settle((), KeeperGone(reason))
         for segment in segments:
             segment.held.close()
-
-
-def _path_of(url: str, node: str | None) -> str:
-    return address.socket_path(url, node or os.environ.get(wire.ENV_NODE) or socket.gethostname())
-
-
-def _greet(connection: socket.socket, url: str, rank: int) -> int | None:
-    """The keeper's process id; None when it just ended. Raises KeeperGone when it does not want us."""
-    deadline = monotonic() + ANSWER_S
-    frames = messages.Frames()
-    try:
-        address.peer_of(connection)
-        hello = messages.Hello(messages.PROTOCOL, address.our_version(), url, rank)
-        connection.sendall(messages.frame(hello))
-        while (frame := frames.next()) is None:
-            connection.settimeout(max(0.01, deadline - monotonic()))
-            data, fds = messages.receive(connection, 1 << 16)
-            for fd in fds:
-                os.close(fd)
-            if not data:
-                connection.close()
-                return None
-            frames.feed(data)
-        reply = messages.REPLIES.decode(frame[0])
-    except (ConnectionError, BrokenPipeError):
-        connection.close()
-        return None
-    except (OSError, ElasticError, msgspec.MsgspecError) as error:
-        connection.close()
-        raise KeeperGone(f"the keeper did not answer: {one_line(error)}") from error
-    connection.settimeout(ANSWER_S)
-    if isinstance(reply, messages.Welcome):
-        return reply.pid
-    connection.close()
-    reason = reply.reason if isinstance(reply, messages.Refused) else type(reply).__name__
-    raise KeeperGone(f"the keeper refuses to serve us: {reason}")
 
 
 _connected: weakref.WeakSet[Keeper] = weakref.WeakSet()

@@ -19,7 +19,8 @@ from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.keeper import memory
-from autoglm_elastic.keeper.client import Keeper, KeeperGone, OnTold, Pending, ignore
+from autoglm_elastic.keeper._pending import KeeperGone, Pending
+from autoglm_elastic.keeper.client import Keeper, OnTold, ignore
 from autoglm_elastic.keeper.finish import Finisher
 from autoglm_elastic.keeper.job import WriteJob
 from autoglm_elastic.keeper.memory import Memory, MemoryRefused
