@@ -1,8 +1,9 @@
-"""What is said to the other end of a connection leaves in a thread: who says it waits for nobody, also when the other
-end is stopped and reads nothing."""
+"""What is said to the other end of a connection leaves at once as far as the system takes it, and the rest in a thread:
+who says it waits for nobody, also when the other end is stopped and reads nothing."""
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections import deque
@@ -17,8 +18,8 @@ class Sender:
     """Frames leave in the order in which they were put. Thread safe.
 
     Args:
-        connection: every send is bounded by its timeout.
-        lost: called once from the thread, with what went wrong, when nothing can be sent any more.
+        connection: has a timeout, which bounds every send.
+        lost: called with what went wrong when nothing can be sent any more, from either thread.
     """
 
     def __init__(self, connection: socket.socket, lost: Callable[[OSError], None]) -> None:
@@ -32,20 +33,27 @@ class Sender:
 
     def put(self, frame: bytes) -> bool:
         """Returns at once. False when it is not taken: too much waits already, or it is closed."""
-        with self._changed:
-            if self._closed or (self._nbytes and self._nbytes + len(frame) > WAITING_BYTES_MAX):
-                return False
-            if not self._thread.ident:
-                self._thread.start()
-            self._waiting.append(frame)
-            self._nbytes += len(frame)
-            self._changed.notify_all()
-            return True
+        try:
+            with self._changed:
+                if self._closed or (self._nbytes and self._nbytes + len(frame) > WAITING_BYTES_MAX):
+                    return False
+                rest = frame if self._nbytes else frame[self._write(frame) :]
+                if rest:
+                    if not self._thread.ident:
+                        self._thread.start()
+                    self._waiting.append(rest)
+                    self._nbytes += len(rest)
+                    self._changed.notify_all()
+                return True
+        except OSError as error:
+            self._end(error)
+            return False
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything that was put has left; False when it has not."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._nbytes, timeout=timeout_s)
+            self._changed.wait_for(lambda: not self._nbytes or self._closed, timeout=timeout_s)
+            return not self._nbytes
 
     def close(self) -> None:
         """What has not left is dropped; a send under way ends with the connection. Idempotent."""
@@ -64,9 +72,19 @@ class Sender:
             try:
                 self._socket.sendall(frame)
             except OSError as error:
-                self.close()
-                self._lost(error)
+                self._end(error)
                 return
             with self._changed:
                 self._nbytes -= len(frame)
                 self._changed.notify_all()
+
+    def _write(self, frame: bytes) -> int:
+        """How much the system took. A socket with a timeout does not block below Python, which waits above."""
+        try:
+            return os.write(self._socket.fileno(), frame)
+        except BlockingIOError:
+            return 0
+
+    def _end(self, error: OSError) -> None:
+        self.close()
+        self._lost(error)

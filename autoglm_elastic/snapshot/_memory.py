@@ -46,9 +46,9 @@ class _Request:
                 answer.keeper.give_back(answer.segment)
             self._changed.notify_all()
 
-    def answered(self) -> bool:
+    def answered(self, timeout_s: float = 0.0) -> bool:
         with self._changed:
-            return self._answer is not None
+            return self._changed.wait_for(lambda: self._answer is not None, timeout=timeout_s)
 
     def wait(self, timeout_s: float) -> Staged:
         with self._changed:
@@ -75,14 +75,25 @@ class MemorySource:
         self._open, self._known = open_, known
         self._request: _Request | None = None
 
-    def get(self, nbytes: int) -> Staged:
-        """At once where there is memory from the snapshot before. Raises ElasticError."""
+    def get(self, nbytes: int, *, patient: bool = False) -> Staged:
+        """At once where there is memory from the snapshot before. Raises ElasticError.
+
+        Args:
+            patient: wait once more for what was asked for earlier in vain.
+        """
+        staged = self._at_hand(nbytes)
+        if staged is None and self._request is not None:
+            if not self._request.answered(ANSWER_S if patient else 0.0):
+                raise PlatformError("the keeper has not answered an earlier request for memory")
+            staged = self._at_hand(nbytes)
+        return self._asked(nbytes) if staged is None else staged
+
+    def _at_hand(self, nbytes: int) -> Staged | None:
         keeper = self._known()
         segment = None if keeper is None else keeper.take(nbytes)
-        if keeper is not None and segment is not None:
-            return Staged(keeper, segment)
-        if self._request is not None and not self._request.answered():
-            raise PlatformError("the keeper has not answered an earlier request for memory")
+        return None if keeper is None or segment is None else Staged(keeper, segment)
+
+    def _asked(self, nbytes: int) -> Staged:
         self._request = request = _Request()
         threading.Thread(
             target=request.run, args=(self._open, nbytes), name="autoglm-snapshot-memory", daemon=True

@@ -173,6 +173,7 @@ class CheckpointManager:
         kind: str = "full",
         config_digest: str | None = None,
         agreed: bool = False,
+        patient: bool = False,
     ) -> Handle:
         """A snapshot of `state` as it is now. Returns when the state may change again, except by a step of
         `optimizers`. Never raises for a snapshot's failure: the handle tells.
@@ -207,7 +208,7 @@ class CheckpointManager:
         try:
             if optimizers and self._hook is None:
                 self._hook = register_optimizer_step_pre_hook(self._before_step)
-            staging = self._stager.begin(request, state, optimizers)
+            staging = self._stager.begin(request, state, optimizers, patient=patient)
             handle.staged_by(staging)
         except ElasticError as error:
             staging = error

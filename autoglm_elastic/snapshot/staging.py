@@ -138,7 +138,12 @@ class Stager:
         self._thread: threading.Thread | None = None
 
     def begin(
-        self, request: Request, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
+        self,
+        request: Request,
+        state: Mapping[str, Any],
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        patient: bool = False,
     ) -> Staging:
         """When this returns, only what belongs to `optimizers` may still be copied: it must not change before
         `wait_copied`. Raises ElasticError, and whatever the state's own objects raise."""
@@ -146,7 +151,7 @@ class Stager:
             taken = self._layout.take(state) if self._layout is not None else None
             if taken is None:
                 taken = self._lay_out(state)
-            keeper, segment = self._memory.get(max(1, self._images.nbytes))
+            keeper, segment = self._memory.get(max(1, self._images.nbytes), patient=patient)
             try:
                 copy = self._copy(taken, segment, optimizers)
             except BaseException:

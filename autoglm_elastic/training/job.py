@@ -269,7 +269,7 @@ class Job:
             self._give_up(failure)
         self._logged = {}
         if decision.snapshot or decision.stop:
-            self._begin_snapshot(values)
+            self._begin_snapshot(values, last=decision.stop)
         if decision.stop:
             self._session.stop(self, self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S))
         if decision.leave:
@@ -287,7 +287,7 @@ class Job:
         Raises WorldChanged when a peer dies before it is durable: the next world ends with one of its own.
         """
         if last_snapshot:
-            self._begin_snapshot({})
+            self._begin_snapshot({}, last=True)
         if self._snapshots is None or self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S):
             return
         if (reason := self._session.why_broken(self.generation)) is not None:
@@ -359,13 +359,13 @@ class Job:
         hook = module.register_forward_pre_hook(before)
         self._hooks.append(hook)
 
-    def _begin_snapshot(self, metrics: dict[str, Any]) -> None:
+    def _begin_snapshot(self, metrics: dict[str, Any], *, last: bool = False) -> None:
         if self._snapshots is None:
             return
         state, layouts = self._state.snapshot()
         state[OURS] = {"job": self.describe(), "layouts": layouts}
         numbers = {key: number for key, value in metrics.items() if (number := as_number(value)) is not None}
-        handle = self._snapshots.begin(self.step, state, numbers, self._state.optimizers)
+        handle = self._snapshots.begin(self.step, state, numbers, self._state.optimizers, last=last)
         if self._snapshot_wanted is not None:
             self._snapshot_wanted.begun(handle)
             self._snapshot_wanted = None

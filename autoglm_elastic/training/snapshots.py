@@ -272,12 +272,15 @@ class Snapshots(Stored):
         state: dict[str, Any],
         metrics: Mapping[str, Any],
         optimizers: Sequence[Optimizer] = (),
+        *,
+        last: bool = False,
     ) -> Any:
         """Stage the state of this boundary; all ranks call it at the same one. None when it could not even
         begin.
 
         Args:
-            optimizers: what they own may be copied until one of them steps."""
+            optimizers: what they own may be copied until one of them steps.
+            last: no step follows."""
         self._asked_step, self._asked_at = step, time.monotonic()
         try:
             if self._votes.world_size > 1 and not self._votes.bound:
@@ -291,7 +294,7 @@ class Snapshots(Stored):
                 self._trigger, _ = self._trigger.request()
             self._due = False
             self._handle = self.manager.save(
-                step, state, optimizers=optimizers, metrics=dict(metrics), agreed=True
+                step, state, optimizers=optimizers, metrics=dict(metrics), agreed=True, patient=last
             )
             self._begun_step = step
         except (ElasticError, OSError, RuntimeError) as error:

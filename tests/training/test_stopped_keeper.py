@@ -13,12 +13,13 @@ from harness import Cluster, Zygote
 
 from autoglm_elastic.keeper import AGENT, Keeper
 
+WAIT_S = 60.0
 EVERY_2 = {"snapshot": {"interval_steps": 2, "interval_s": 0}}
 
 
 @pytest.mark.parametrize("stopped_at", [1, 5], ids=["before the first snapshot", "after a snapshot"])
 def test_training_takes_all_its_steps(zygote: Zygote, tmp_path: Path, run_dir: Path, stopped_at: int) -> None:
-    args = {"steps": 16, "holds": [[0, stopped_at, -1], [0, 15, -1]], "memory_s": 0.2}
+    args = {"steps": 16, "holds": [[0, stopped_at, -1], [0, 15, -1]], "memory_s": 2.0}
     with (
         contextlib.closing(Keeper.ensure(str(run_dir), rank=AGENT)) as keeper,
         Cluster(zygote, tmp_path, "train", args, run_dir=run_dir, settings=EVERY_2) as cluster,
@@ -36,6 +37,7 @@ def test_training_takes_all_its_steps(zygote: Zygote, tmp_path: Path, run_dir: P
             assert max(committed, default=0) <= stopped_at
         finally:
             os.kill(keeper.pid, signal.SIGCONT)
+        assert keeper.settle(WAIT_S)
         cluster.say_go()
         cluster.wait_exits()
         assert cluster.events("snapshot.committed")[-1]["step"] == 16
