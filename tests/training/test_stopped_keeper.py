@@ -40,5 +40,7 @@ def test_training_takes_all_its_steps(zygote: Zygote, tmp_path: Path, run_dir: P
         assert keeper.settle(WAIT_S)
         cluster.say_go()
         cluster.wait_exits()
-        assert cluster.events("snapshot.committed")[-1]["step"] == 16
+        committed = [e["step"] for e in cluster.events("snapshot.committed")]
+        failed = [(e["step"], e["reason"]) for e in cluster.events("snapshot.aborted")]
+        assert committed[-1:] == [16], failed
         assert len({r["digest"] for r in cluster.results()}) == 1
