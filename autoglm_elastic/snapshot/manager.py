@@ -32,54 +32,16 @@ from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot.commit import Commit, SaveResult
 from autoglm_elastic.snapshot.dtypes import versions
+from autoglm_elastic.snapshot.handle import Counts, Handle
 from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport, load_into
-from autoglm_elastic.snapshot.staging import COPY_S, Stager, Staging
+from autoglm_elastic.snapshot.staging import Stager, Staging
 from autoglm_elastic.snapshot.votes import SingleVotes
 
 _TRIGGERS, _LOADS = 1, 2
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
 _IDLE_S: Final = 60.0
 """The writer thread looks up this often although it is woken for everything."""
-
-
-class Handle:
-    """One `save`. Any thread may wait for it."""
-
-    def __init__(self) -> None:
-        self._staging: Staging | None = None
-        self._decided = threading.Event()
-        self._result = SaveResult(False, None, "undecided")
-
-    def done(self) -> bool:
-        return self._decided.is_set()
-
-    def wait(self, timeout_s: float) -> SaveResult:
-        """The result; an uncommitted one with a reason when it is not decided within `timeout_s`."""
-        if not self._decided.wait(timeout_s):
-            return SaveResult(False, None, f"not decided within {timeout_s} s")
-        return self._result
-
-    def wait_staged(self, timeout_s: float = COPY_S) -> bool:
-        """Until whatever belongs to the snapshot may change, by anybody. False when that is not so in
-        time."""
-        return self._staging is None or self._staging.copied(timeout_s)
-
-    def staged_by(self, staging: Staging) -> None:
-        self._staging = staging
-
-    def settle(self, result: SaveResult) -> None:
-        self._result = result
-        self._decided.set()
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the triggers on this rank."""
-
-    committed: int = 0
-    failed: int = 0
-    coalesced: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ from typing import Any, Final
 
 from autoglm_elastic.errors import CorruptSnapshot, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome
-from autoglm_elastic.storage._names import blob_names
+from autoglm_elastic.storage._names import blob_names, checked_name
 from autoglm_elastic.storage._parallel import Threads
 from autoglm_elastic.storage._remote import RemoteReader
-from autoglm_elastic.storage.local import checked_name
 
 CALL_S: Final = 120.0
 """Bound of one call: fsspec's file systems bound theirs differently, or not at all."""

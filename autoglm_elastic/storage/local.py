@@ -13,109 +13,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 import stat
-from collections.abc import Sequence
 from typing import Final
 
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.storage._direct import buffered, direct_nbytes
+from autoglm_elastic.storage._local_read import LocalReader, platform_error
+from autoglm_elastic.storage._names import NAME_PARTS_MAX, checked_name, is_part
 from autoglm_elastic.storage.files import Files
 
-NAME_PARTS_MAX: Final = 4
-NAME_BYTES_MAX: Final = 255
 TEMPORARY_DIR: Final = "tmp"
 WRITE_BYTES: Final = 16 << 20
 """One write call; large enough to be sequential on every disk, small enough to notice an error early."""
-READ_BYTES: Final = 512 << 10
-"""One read call; fits into the processor's cache, where it is hashed next."""
 SYNC_ATTEMPTS: Final = 2
 """How often a small blob is written anew under another name after a failed fsync."""
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 _READ_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIR_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY
 
 
 class SyncFailed(PlatformError):
     """fsync failed: what was written may be lost although later calls succeed. Write it anew elsewhere."""
-
-
-def checked_name(name: str) -> tuple[str, ...]:
-    """The parts of a blob's name. Raises UsageError for a name that could leave the root or hide in it."""
-    parts = tuple(name.split("/"))
-    if (
-        len(name) > NAME_BYTES_MAX
-        or len(parts) > NAME_PARTS_MAX
-        or not all(_PART.fullmatch(part) for part in parts)
-    ):
-        raise UsageError(
-            f"blob name {name[:80]!r}",
-            valid=f"at most {NAME_PARTS_MAX} parts of letters, digits and ._-+= joined by /",
-        )
-    return parts
-
-
-def platform_error(error: OSError, doing: str, path: str) -> PlatformError:
-    """An OSError as one line for a person."""
-    advice = {
-        errno.ENOSPC: "free some space or choose another run directory",
-        errno.EDQUOT: "free some of your quota or choose another run directory",
-        errno.EROFS: "choose a run directory on a writable file system",
-        errno.EACCES: "check the permissions of the run directory",
-        errno.EPERM: "check that the file system allows this operation (hard links are needed)",
-        errno.EIO: "check the disk",
-    }.get(error.errno or 0, "")
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return PlatformError(f"{doing} {path}: {reason}", do=advice)
-
-
-def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of the buffers when `count` bytes are in."""
-    for number, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[number + 1 :]]
-        count -= view.nbytes
-    return []
-
-
-class LocalReader:
-    """One open file (ports.BlobReader); reads carry their own offset, so threads can share it."""
-
-    def __init__(self, files: Files, fd: int, name: str, path: str, nbytes: int) -> None:
-        self.name = name
-        self.nbytes = nbytes
-        self._files, self._fd, self._path = files, fd, path
-
-    block = READ_BYTES
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        self.scatter_into(offset, [view])
-
-    def scatter_into(self, offset: int, views: Sequence[memoryview]) -> None:
-        nbytes = sum(view.nbytes for view in views)
-        if offset < 0 or offset + nbytes > self.nbytes:
-            raise CorruptSnapshot(
-                f"{self._path} has {self.nbytes} bytes, but {nbytes} from {offset} are wanted"
-            )
-        left = list(views)
-        while nbytes:
-            try:
-                count = self._files.read_into(self._fd, left, offset)
-            except OSError as error:
-                raise platform_error(error, "reading", self._path) from error
-            if count == 0:
-                raise CorruptSnapshot(f"{self._path} became shorter while it was read")
-            offset, nbytes = offset + count, nbytes - count
-            left = _behind(left, count) if nbytes else []
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):  # nothing was written
-                self._files.close(fd)
 
 
 class LocalPending:
@@ -462,5 +382,5 @@ class LocalBlobs:
             relative = os.path.relpath(directory, self.root).replace(os.sep, "/")
             if relative.count("/") + 2 >= NAME_PARTS_MAX:
                 dirs.clear()
-            names.extend(f"{relative}/{file}" for file in files if _PART.fullmatch(file))
+            names.extend(f"{relative}/{file}" for file in files if is_part(file))
         return sorted(names)

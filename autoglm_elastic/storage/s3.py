@@ -20,12 +20,12 @@ from typing import Any, Final
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError
 from autoglm_elastic.ports import Outcome
 from autoglm_elastic.storage import _s3_client as client
-from autoglm_elastic.storage._names import blob_names
+from autoglm_elastic.storage._names import blob_names, checked_name
 from autoglm_elastic.storage._parallel import Threads
 from autoglm_elastic.storage._remote import RemoteReader
 from autoglm_elastic.storage._s3_client import Fate
 from autoglm_elastic.storage._s3_upload import PART_BYTES, S3Pending
-from autoglm_elastic.storage.local import TEMPORARY_DIR, checked_name
+from autoglm_elastic.storage.local import TEMPORARY_DIR
 
 PUT_ATTEMPTS: Final = 3
 """Tries of a conditional PUT as long as nothing is there; each is followed by a look at what is."""
