@@ -53,6 +53,7 @@ class Node:
         self.store.close()
 
 
+@pytest.mark.long
 def test_etcd_without_a_leader_costs_no_node_its_lease(cluster: Cluster) -> None:
     node = Node(cluster)
     leader = cluster.leader()

@@ -143,6 +143,7 @@ def _find_out(honest: bool, folder: Path) -> None:
     os._exit(_FOUND_OUT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_contender_that_saves_another_state_is_found(honest: bool, tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_find_out, args=(honest, tmp_path))

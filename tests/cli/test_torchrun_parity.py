@@ -126,6 +126,7 @@ def test_failure_with_a_recorded_exception(tmp_path: Path) -> None:
     assert ours.error == theirs.error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("behaviour", "said"), [("exit7", "exitcode  : 7"), ("killed", "exitcode  : -9")])
 def test_failure_without_an_error_file(tmp_path: Path, behaviour: str, said: str) -> None:
     restarts = 1 if behaviour == "exit7" else 0
@@ -144,6 +145,7 @@ def test_failure_without_an_error_file(tmp_path: Path, behaviour: str, said: str
     assert "Traceback" not in ours.stderr
 
 
+@pytest.mark.long
 def test_a_program_that_is_not_python(tmp_path: Path) -> None:
     theirs, ours = both(
         tmp_path,
@@ -163,6 +165,7 @@ def test_a_program_that_is_not_python(tmp_path: Path) -> None:
     same_logs(theirs, ours)
 
 
+@pytest.mark.long
 def test_run_path(tmp_path: Path) -> None:
     theirs, ours = both(tmp_path, ["--log-dir={logs}", "--run-path", str(PROBE), "arg"])
     assert (theirs.exit_code, ours.exit_code) == (0, 0)
@@ -209,6 +212,7 @@ def test_elastic_nodes_with_a_c10d_endpoint(tmp_path: Path) -> None:
     same_logs(theirs, ours)
 
 
+@pytest.mark.long
 def test_static_rendezvous_with_a_master_port(tmp_path: Path) -> None:
     port = free_port()
     theirs, ours = both(

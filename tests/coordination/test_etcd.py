@@ -150,6 +150,7 @@ def test_a_member_is_lost_and_nobody_notices(three: Cluster, how: str, who: str)
         life.check()
 
 
+@pytest.mark.long
 def test_a_lease_outlives_the_loss_of_all_members_and_a_watch_goes_on(three: Cluster) -> None:
     connection: queue.Queue[bool] = queue.Queue()
     with Life(three.address, lease_s=2.0) as life:
@@ -181,6 +182,7 @@ def test_nothing_spins_while_etcd_is_gone(one: Cluster) -> None:
     store.close()
 
 
+@pytest.mark.long
 def test_a_member_that_says_nothing_is_no_reason_to_trust_a_lease(one: Cluster) -> None:
     store = EtcdStore(parse(one.address))
     lease = store.lease_grant(LEASE_S)
@@ -210,6 +212,7 @@ def test_a_member_that_was_down_when_we_came_is_known_by_what_it_advertises(thre
     store.close()
 
 
+@pytest.mark.long
 def test_what_a_stopped_member_was_told_is_unknown_and_what_it_was_not_told_is_not(one: Cluster) -> None:
     store = EtcdStore(parse(one.address), timeout_s=3.0)
     store.put("/a", 1)

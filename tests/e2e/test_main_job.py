@@ -55,6 +55,7 @@ def test_a_killed_worker_costs_no_step_and_leaves_no_trace(
     assert len(events(run_dir, "worker.died")) == 2
 
 
+@pytest.mark.long
 def test_rank_zero_may_die_too(undisturbed: dict[str, object]) -> None:
     with Job("--standalone", "--nproc-per-node=2", TRAIN, "--pause-s=0.02") as job:
         job.wait_for(lambda line: line.get("step") == 10)
@@ -63,6 +64,7 @@ def test_rank_zero_may_die_too(undisturbed: dict[str, object]) -> None:
         assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
 
 
+@pytest.mark.long
 def test_a_stop_in_the_moment_of_a_death_leaves_a_snapshot(run_dir: Path) -> None:
     """A machine that is taken away often kills before it has finished asking."""
     command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN, "--steps=100000")
@@ -146,6 +148,7 @@ def test_sigterm_commits_a_snapshot_and_the_same_command_resumes(
     assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
 
 
+@pytest.mark.long
 def test_a_signal_to_every_process_of_the_job_commits_a_snapshot(run_dir: Path) -> None:
     """As Slurm signals a step: not only the agent and the workers get it, but also the zygote and the keeper."""
     command = ("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN)
@@ -172,7 +175,9 @@ def is_keeper_of(process: psutil.Process, run_dir: Path) -> bool:
     return "autoglm_elastic.keeper" in words and any(str(run_dir) in word for word in words)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "fsdp2"])
+@pytest.mark.parametrize(
+    "shard", [False, pytest.param(True, marks=pytest.mark.long)], ids=["replicated", "fsdp2"]
+)
 def test_losing_everybody_falls_back_to_the_newest_snapshot(shard: bool, run_dir: Path) -> None:
     flags = ("--shard",) if shard else ()
     command = (
@@ -203,6 +208,7 @@ def test_a_plain_script_restarts_as_under_torchrun() -> None:
     assert sorted({line["restart"] for line in job.reports if "restart" in line}) == [0, 1, 2]
 
 
+@pytest.mark.long
 def test_a_plain_script_fails_for_good_with_torchs_summary() -> None:
     with Job("--standalone", "--nproc-per-node=2", "--max-restarts=1", PLAIN, "10", "99") as job:
         assert job.wait() == 1

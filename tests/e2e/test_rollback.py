@@ -87,6 +87,7 @@ def test_a_run_resumes_from_a_snapshot_that_went_through_dcp(
     assert job.wait_for(lambda line: "digest" in line)["digest"] == digest
 
 
+@pytest.mark.long
 def test_a_job_keeps_what_it_is_told_to_keep(run_dir: Path, capsys: Capture) -> None:
     keep = ("--set", "snapshot.keep_last=2", "--set", "snapshot.keep_every_hours=0")
     train = (SCRIPTS / "train.py", "--snapshot-every=4")

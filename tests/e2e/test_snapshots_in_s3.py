@@ -106,6 +106,7 @@ def test_a_store_that_dies_costs_snapshots_and_nothing_else(
     assert events(tmp_path / "run", "snapshot.aborted")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -67,6 +67,7 @@ def autoglm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
+@pytest.mark.long
 def test_a_job_seen_by_its_hosted_store(run_dir: Path) -> None:
     store = f"localhost:{free_port()}"
     flags = (

@@ -155,6 +155,7 @@ def test_a_flipped_bit_is_found(run_dir: Path) -> None:
         dcp.load(state(0.0), storage_reader=SafetensorsReader(run_dir))
 
 
+@pytest.mark.long
 def test_between_worlds(ranks: Ranks, tmp_path: Path) -> None:
     def go(
         world: int, save: int | None, dims: list[int], placements: list[str], asynchronous: bool = False

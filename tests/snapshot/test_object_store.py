@@ -57,6 +57,7 @@ def test_a_commit_whose_answer_is_lost_is_a_commit(bucket: Bucket, proxy: Proxy)
         assert proxy.faults[0].seen.is_set()
 
 
+@pytest.mark.long
 def test_a_commit_that_does_not_arrive_is_none(
     bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,14 +42,17 @@ LAYOUTS = {
     "route",
     [
         ["2", "1", "3", "4", "2"],
-        [
-            "2 x 2",
-            "3 columns",
-            "2 replicas of 2 shards",
-            "2 x 2, twice the same dimension",
-            "replicated",
-            "2 x 2",
-        ],
+        pytest.param(
+            [
+                "2 x 2",
+                "3 columns",
+                "2 replicas of 2 shards",
+                "2 x 2, twice the same dimension",
+                "replicated",
+                "2 x 2",
+            ],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=" → ".join,
 )
