@@ -175,10 +175,11 @@ class MetricWriter:
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            late_s = time.monotonic() - max(line.queued_at, self._free_at)
-            if late_s > PAUSED_S:
+            now = time.monotonic()
+            was_away = now - self._free_at > PAUSED_S
+            if now - max(line.queued_at, self._free_at) > PAUSED_S:
                 self.dropped += 1
-            elif not line.inherited or self._is_new(line.row):
+            elif not (line.inherited or was_away) or self._is_new(line.row):
                 row = line.row
                 numbers = {
                     key: number
@@ -192,6 +193,8 @@ class MetricWriter:
         self._log.close()
 
     def _is_new(self, row: Row) -> bool:
+        """Whether the file has no later line: of a world that went on while this process was stopped, or of whoever
+        inherited this one first."""
         last = newest(self._path)
         return last is None or (row.generation, row.step) > (last.generation, last.step)
 

@@ -53,7 +53,9 @@ def test_hosts_have_names_and_addresses_and_links_that_can_be_cut(tmp_path: Path
         network.unplug("a")
         assert not reaches(network, "c", "a")
         network.plug("a")
-        assert reaches(network, "c", "a")
+        assert any(reaches(network, "c", "a") for _ in range(20)), (
+            "who was not found is looked for again after a while"
+        )
 
 
 def test_everything_on_a_host_is_stopped_and_killed(tmp_path: Path) -> None:

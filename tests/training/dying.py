@@ -97,7 +97,7 @@ def instrument(points: Points) -> None:
     after(session, "agree", lambda: points.pass_("planned"))
     after(reduce.Reducer, "_launch", lambda: points.pass_("bucket"))
     before(state.State, "track", lambda *_, **__: points.pass_("restoring"))
-    before(snapshots.Snapshots, "begin", lambda *_: points.pass_("staging"))
+    before(snapshots.Snapshots, "begin", lambda *_, **__: points.pass_("staging"))
     after(snapshots.Snapshots, "begin", lambda: points.pass_("staged"))
     before(snapshots.LateVotes, "gather", lambda *_: points.pass_("voting"))
     before(snapshots.LateVotes, "broadcast", lambda *_: points.pass_("deciding"))

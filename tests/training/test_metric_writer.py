@@ -48,6 +48,21 @@ def test_a_process_that_was_stopped_writes_nothing_old_when_it_goes_on(tmp_path:
     assert writer.dropped == 1
 
 
+def test_what_was_put_after_it_went_on_is_no_newer_than_the_world_that_left_it(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """Its last collective had ended before the stop, so it still commits a step; meanwhile others have gone on."""
+    path = tmp_path / "metrics.jsonl"
+    writer = metrics.MetricWriter(path)
+    others = log.MetricLog(path)
+    others.write(log.Metric(9, 2, 9.0, 0.1, 1, {}))
+    others.close()
+    clock.now = clock.thread_now = 10.0
+    writer.write(row(5), 0.5)
+    writer.close()
+    assert steps(path) == [9]
+
+
 def test_lines_that_wait_for_a_slow_disk_are_all_written(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
