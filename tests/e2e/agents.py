@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -14,6 +15,7 @@ from typing import Any
 from job import Job, Line
 
 from autoglm_elastic.core.lineage import GenerationRecord, spans
+from autoglm_elastic.observe import metrics
 
 
 def free_port() -> int:
@@ -98,3 +100,10 @@ def in_lineage(run_dir: Path) -> list[tuple[int, int]]:
             if first < step and (last is None or step <= last):
                 counted.append((generation, step))
     return counted
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """By step, as all ranks have given them; of the last step before a death those of the dead are missing."""
+    rows = metrics.lineage(metrics.read(run_dir / "metrics.jsonl"))
+    whole = [row for row, after in itertools.pairwise(rows) if row.generation == after.generation]
+    return {row.step: row.loss for row in [*whole, rows[-1]] if row.loss is not None}

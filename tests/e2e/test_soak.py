@@ -5,7 +5,6 @@ tests/run -m campaign tests/e2e/test_soak.py        (AUTOGLM_SOAK_KILLS=300 AUTO
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -14,10 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from agents import agent, free_port, host_first, in_lineage, wait, wait_for
+from agents import agent, free_port, host_first, in_lineage, losses, wait, wait_for
 from job import SCRIPTS, Job
-
-from autoglm_elastic.observe import metrics
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
@@ -144,13 +141,6 @@ def assert_live_recoveries_lose_nothing(run_dir: Path) -> None:
             if fields["tier"] == "disk":
                 return
             assert fields["tier"] == "fresh" or fields["from_step"] >= newest, fields
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """By step, as all ranks have given them; of the last step before a death those of the dead are missing."""
-    rows = metrics.lineage(metrics.read(run_dir / "metrics.jsonl"))
-    whole = [row for row, after in itertools.pairwise(rows) if row.generation == after.generation]
-    return {row.step: row.loss for row in [*whole, rows[-1]] if row.loss is not None}
 
 
 def test_no_series_of_kills_loses_or_repeats_a_step(run_dir: Path, tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ from typing import Final, TypeVar
 
 import psutil
 import pytest
+from wire import Wire, tap
 
 PREFIX: Final = "agmh"
 NETNS: Final = Path("/run/netns")
 ETC: Final = Path("/etc/netns")
 _PATH: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP, _NFT = shutil.which("ip", path=_PATH), shutil.which("nft", path=_PATH)
+_TC: Final = shutil.which("tc", path=_PATH)
 _COMMAND_S_MAX: Final = 20.0
 _CLONE_NEWNET: Final = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -99,25 +101,7 @@ class Host:
 
     def ask(self, question: Callable[[], _T]) -> _T:
         """Run `question` in a thread that uses this host's network."""
-        answer: list[_T] = []
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                with open(NETNS / self.namespace) as namespace:
-                    if _libc.setns(namespace.fileno(), _CLONE_NEWNET):
-                        raise OSError(ctypes.get_errno(), "setns")
-                answer.append(question())
-            except BaseException as error:
-                failure.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(_COMMAND_S_MAX + 20.0)
-        if failure:
-            raise failure[0]
-        assert answer, "no answer from the host's network"
-        return answer[0]
+        return _ask(self.namespace, question)
 
     def _all(self, number: signal.Signals, due: Callable[[psutil.Process], bool]) -> None:
         deadline = time.monotonic() + _COMMAND_S_MAX
@@ -125,6 +109,28 @@ class Host:
             assert time.monotonic() < deadline, f"{self.name}: {left} after {number.name}"
             for process in left:
                 _signal_and_watch(process.pid, number)
+
+
+def _ask(namespace: str, question: Callable[[], _T]) -> _T:
+    answer: list[_T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with open(NETNS / namespace) as place:
+                if _libc.setns(place.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), "setns")
+            answer.append(question())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_COMMAND_S_MAX + 20.0)
+    if failure:
+        raise failure[0]
+    assert answer, f"no answer from the network of {namespace}"
+    return answer[0]
 
 
 def _signal_and_watch(pid: int, number: signal.Signals) -> None:
@@ -151,9 +157,12 @@ def _is(process: psutil.Process, due: Callable[[psutil.Process], bool]) -> bool:
 
 
 class Network:
-    """A context: makes the hosts, and ends and removes them whatever happened."""
+    """A context: makes the hosts, and ends and removes them whatever happened. `wired`: hosts whose link to the switch
+    is a wire of `wires`, whose quality can be chosen."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
+    def __init__(self, folder: Path, *names: str, wired: Sequence[str] = ()) -> None:
+        self.wires: dict[str, Wire] = {}
+        self._wired = wired
         self._name = f"{PREFIX}-{os.getpid()}"
         self._switch = f"{self._name}-switch"
         self.hosts = {name: Host(self._name, name, number, folder) for number, name in enumerate(names, 1)}
@@ -199,6 +208,17 @@ class Network:
         self.unplug(name)
         self[name].kill()
 
+    def narrow(self, name: str, mbit_s: int) -> None:
+        """No more than that goes through the link of a host, in either direction; skips where the kernel has no tbf."""
+        for namespace, device in ((self[name].namespace, "eth0"), (self._switch, self[name].port)):
+            queue = ("root", "tbf", "rate", f"{mbit_s}mbit", "burst", "16kb", "latency", "100ms")
+            done = subprocess.run(
+                [str(_IP), "netns", "exec", namespace, str(_TC), "qdisc", "replace", "dev", device, *queue],
+                capture_output=True, text=True, timeout=_COMMAND_S_MAX,
+            )  # fmt: skip
+            if done.returncode:
+                pytest.skip(f"tc has no tbf here: {done.stderr.strip()}")
+
     def heal(self) -> None:
         """All cuts are mended. What was unplugged stays so."""
         self._nft("flush chain bridge cuts forward")
@@ -233,20 +253,7 @@ class Network:
         for host in self.hosts.values():
             here = host.namespace
             _ip("netns", "add", here)
-            _ip(
-                "-n",
-                self._switch,
-                "link",
-                "add",
-                host.port,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                here,
-            )
+            self._link(host)
             _ip("-n", self._switch, "link", "set", host.port, "master", "bridge0", "up")
             _ip("-n", here, "address", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", here, "link", "set", "eth0", "up")
@@ -254,9 +261,20 @@ class Network:
             (ETC / here).mkdir(parents=True)
             (ETC / here / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
 
+    def _link(self, host: Host) -> None:
+        """`eth0` on the host, its port in the switch, and what is between them."""
+        if host.name in self._wired:
+            ends = _ask(host.namespace, lambda: tap("eth0")), _ask(self._switch, lambda: tap(host.port))
+            self.wires[host.name] = Wire(*ends)
+            return
+        peer = ("peer", "name", "eth0", "netns", host.namespace)
+        _ip("-n", self._switch, "link", "add", host.port, "type", "veth", *peer)
+
     def _remove(self) -> None:
         for host in self.hosts.values():
             host.kill()
+        for wire in self.wires.values():
+            wire.__exit__()
         _clear(self._name)
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,29 @@ from typing import Any
 from agents import committed, in_lineage, wait_for
 from certificates import files_in, flags_for, made
 from etcd_cluster import Cluster
-from job import SCRIPTS, Job, Line
+from job import SCRIPTS, Job
 from net import Network
 from table import note
 
-TRAIN = SCRIPTS / "train.py"
+TRAIN = (SCRIPTS / "train.py", "--steps=100000", "--pause-s=0.02")
 MEMBERS = ("e1", "e2", "e3")
 NODES = ("n1", "n2", "n3")
+Training = Sequence[str | Path]
 BACK_S_MAX = 60.0
 """How long anything here may take on a busy machine."""
 
 
 class Scene:
-    """`jobs`: the agents by host, one worker each. `store`: the flags that name it."""
+    """`jobs`: the agents by host, one worker each. `store`: the flags that name it. `training`: the script and its
+    arguments. `step`: the newest that any worker has reported."""
 
-    def __init__(self, network: Network, store: tuple[str, ...], run_dir: Path) -> None:
-        self.network, self.store, self.run_dir = network, store, run_dir
+    def __init__(
+        self, network: Network, store: tuple[str, ...], run_dir: Path, training: Training = TRAIN
+    ) -> None:
+        self.network, self.store, self.run_dir, self.training = network, store, run_dir, training
+        self.step = 0
+        self.workers: dict[str, int] = {}
+        """The pid of each host's newest worker that has reported."""
         self.jobs: dict[str, Job] = {}
         self.gone: list[Job] = []
         self.fault_at = 0.0
@@ -42,26 +49,28 @@ class Scene:
             self.jobs[host] = Job(
                 f"--nnodes=1:{len(NODES)}", "--nproc-per-node=1", "--rdzv-id=job", f"--rdzv-conf=node={host}",
                 *self.store, *flags, "--run-dir", self.run_dir,
-                TRAIN, "--steps=100000", "--pause-s=0.02",
+                *self.training,
                 prefix=self.network[host].prefix,
             )  # fmt: skip
 
     def trains(self, world: int, more: int = 5, *, without: tuple[str, ...] = ()) -> int:
         """Wait until a world of that size has gone on by so many steps from now on; its newest step."""
-        jobs = [job for host, job in self.jobs.items() if host not in without]
-        for job in jobs:
+        for job in self.jobs.values():
             job.read()
-        seen = {id(job): len(job.reports) for job in jobs}
-        past = max((line.get("step", 0) for job in self.everyone() for line in job.reports), default=0)
+        self._take_in()
+        target = self.step + more
+        jobs = [job for host, job in self.jobs.items() if host not in without]
+        wait_for(jobs, lambda line: line.get("world") == world and line.get("step", 0) >= target, BACK_S_MAX)
+        self._take_in()
+        return self.step
 
-        def wanted(line: Line) -> bool:
-            return (
-                line.get("world") == world
-                and line.get("step", 0) >= past + more
-                and any(line is new for job in jobs for new in job.reports[seen[id(job)] :])
-            )
-
-        return int(wait_for(jobs, wanted, BACK_S_MAX)[1]["step"])
+    def _take_in(self) -> None:
+        """What has been reported, so that nobody looks through it again."""
+        for host, job in self.jobs.items():
+            for line in job.reports:
+                self.step = max(self.step, line.get("step", 0))
+                self.workers[host] = line["pid"]
+            job.reports.clear()
 
     def first_node(self) -> str:
         """It hosts the generation's c10d store and rank 0."""
@@ -154,14 +163,19 @@ class Scene:
 
 
 @contextmanager
-def scene(folder: Path) -> Iterator[tuple[Scene, Cluster]]:
-    """A host with an agent for each of `NODES`, all in one world, and the members of an etcd on `MEMBERS`."""
-    with Network(folder, *NODES, *MEMBERS) as network:
+def scene(
+    folder: Path, training: Training = TRAIN, *, flags: tuple[str, ...] = (), wired: Sequence[str] = ()
+) -> Iterator[tuple[Scene, Cluster]]:
+    """A host with an agent for each of `NODES`, all in one world, and the members of an etcd on `MEMBERS`. `flags`:
+    more of every agent."""
+    with Network(folder, *NODES, *MEMBERS, wired=wired) as network:
         places = [(network[name].address, network[name].prefix) for name in MEMBERS]
         plain = "--set=store.insecure=true"
         with (
             Cluster(folder / "etcd", members=len(MEMBERS), places=places) as etcd,
-            _playing(Scene(network, ("--store", etcd.address, plain), folder / "run")) as here,
+            _playing(
+                Scene(network, ("--store", etcd.address, plain, *flags), folder / "run", training)
+            ) as here,
         ):
             yield here, etcd
 

@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from net import ETC, NETNS, Network, needs_hosts, sweep
+from wire import needs_wires
 
 pytestmark = [pytest.mark.multihost, needs_hosts]
 
@@ -56,6 +58,20 @@ def test_hosts_have_names_and_addresses_and_links_that_can_be_cut(tmp_path: Path
         assert any(reaches(network, "c", "a") for _ in range(20)), (
             "who was not found is looked for again after a while"
         )
+
+
+@needs_wires
+def test_a_wire_delays_and_loses(tmp_path: Path) -> None:
+    with Network(tmp_path, "a", "b", wired=("b",)) as network, serve(network, "b"):
+        assert reaches(network, "a", "b")
+        wire = network.wires["b"]
+        wire.delay_s = WAIT_S / 4
+        began = time.monotonic()
+        assert reaches(network, "a", "b")
+        assert time.monotonic() - began >= WAIT_S / 2, "there and back"
+        wire.lost = 1.0
+        assert not reaches(network, "a", "b")
+        network.narrow("b", 10)
 
 
 def test_everything_on_a_host_is_stopped_and_killed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def train(job: elastic.Job) -> None:
     optim = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     job.track(model=model, optim=optim)
     end = -1
-    for x in job.batches(Samples(), global_batch_size=12):
+    for x in job.batches(Samples(), global_batch_size=12, epochs=100):
         if end < 0 and options.end.exists():
             end = int(options.end.read_text())
         if job.step == end:
