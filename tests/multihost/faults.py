@@ -72,6 +72,7 @@ class Faults:
                 self._begin(f"{kind}, with an etcd member away")
                 with self._member(fate):
                     self._on_nodes(kind)
+                    self.here.trains(len(NODES), more=STEPS[0])
         self.here.trains(len(NODES), more=STEPS[0])
         self.done[-1].over = time.time()
 
@@ -80,6 +81,7 @@ class Faults:
         self.done.append(Fault(kind, breaks, self.here.fault_at, self.here.step))
         if breaks:
             self._log.emit(FaultInjected(target=kind), wall_time=self.here.fault_at)
+            self._log.close()
 
     def _on_nodes(self, kind: str) -> None:
         one, other = self._dice.sample(NODES, 2)

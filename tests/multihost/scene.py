@@ -137,7 +137,7 @@ class Scene:
 
     def fenced_before_the_others_went_on(self, host: str) -> None:
         """Its workers were dead before a world without it was sealed."""
-        stopped = self.events("node.left", node=host)
+        stopped = [left for left in self.events("node.left", node=host) if left["wall_time"] > self.fault_at]
         assert stopped, f"{host} still runs while the others go on"
         left = stopped[-1]["wall_time"]
         without = next(
