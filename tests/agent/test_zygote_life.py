@@ -81,6 +81,7 @@ def test_no_orphan_when_the_agent_is_killed(launcher: Launcher, pipe: Pipe, fork
     assert ended(zygote)
 
 
+@pytest.mark.long
 def test_no_orphan_when_the_agent_is_killed_while_the_zygote_imports(tmp_path: Path, pipe: Pipe) -> None:
     # The zygote closes what it inherits; a path is what it can still open.
     (tmp_path / "endless_import.py").write_text(
@@ -109,7 +110,14 @@ def test_workers_end_with_a_killed_zygote_and_a_new_one_takes_its_place(
     assert again.wait().returncode == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR2, marks=pytest.mark.long),
+    ],
+)
 def test_signals_to_every_process_of_a_job_are_the_agents(
     launcher: Launcher, pipe: Pipe, number: signal.Signals
 ) -> None:

@@ -15,7 +15,12 @@ from autoglm_elastic.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param("torchrun-own-store", marks=pytest.mark.long), "unmodified", "elastic"]
+    "mode",
+    [
+        pytest.param("torchrun-own-store", marks=pytest.mark.long),
+        pytest.param("unmodified", marks=pytest.mark.long),
+        "elastic",
+    ],
 )
 def test_a_kill_is_measured_and_written(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

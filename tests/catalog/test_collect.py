@@ -240,6 +240,7 @@ def test_killed_at_every_effect_it_leaves_every_snapshot_whole(due: Path, tmp_pa
         assert set(files(run_dir, "packs", "manifests")) <= set(end)
 
 
+@pytest.mark.long
 def test_saving_and_loading_go_on_while_two_collect(run_dir: Path) -> None:
     """Among the garbage are packs with the very contents that are being saved again."""
     with CheckpointManager(run_dir) as manager:

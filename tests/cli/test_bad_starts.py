@@ -132,6 +132,7 @@ def test_fresh_asks_first(capfd: pytest.CaptureFixture[str], run_dir: Path) -> N
     assert entry.exists()
 
 
+@pytest.mark.long
 def test_a_port_that_is_not_a_store(capfd: pytest.CaptureFixture[str], taken_port: int) -> None:
     line = refused(capfd, f"--store=tcp://127.0.0.1:{taken_port}")
     assert f"port 127.0.0.1:{taken_port} accepts connections but says nothing" in line
@@ -219,6 +220,7 @@ def test_a_second_launcher_on_a_run_directory(
     assert records[-1].fields["exit_code"] == ExitCode.DO_NOT_RESTART
 
 
+@pytest.mark.long
 def test_a_module_that_cannot_be_preloaded() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "autoglm_elastic.cli.run", "--preload=none_such", SLEEPER],

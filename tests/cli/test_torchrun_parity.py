@@ -68,6 +68,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.long
 def test_defaults_with_tee_filters_and_a_prefix(tmp_path: Path) -> None:
     theirs, ours = both(
         tmp_path,
@@ -190,6 +191,7 @@ def test_sigterm_and_the_shutdown_timeout(tmp_path: Path) -> None:
     assert ours.stderr.splitlines()[-1] == "autoglm-run: stopped by SIGTERM"
 
 
+@pytest.mark.long
 def test_elastic_nodes_with_a_c10d_endpoint(tmp_path: Path) -> None:
     theirs, ours = both(
         tmp_path,

@@ -96,6 +96,7 @@ def test_a_job_over_tls_loses_a_worker_takes_up_new_certificates_and_lets_a_node
     assert len(events(run_dir, "incident.closed")) >= 2, "the start, and the lost worker"
 
 
+@pytest.mark.long
 @needs_a_network
 def test_agents_without_a_certificate_do_not_get_into_a_job(tls: Path, tmp_path: Path, run_dir: Path) -> None:
     port = free_port()
@@ -121,6 +122,7 @@ def test_agents_without_a_certificate_do_not_get_into_a_job(tls: Path, tmp_path:
     assert len(events(run_dir, "generation.sealed")) == 1, "nobody noticed them"
 
 
+@pytest.mark.long
 @needs_a_network
 def test_plain_off_loopback_works_when_asked_for(run_dir: Path) -> None:
     insecure = "--set=store.insecure=true"
@@ -128,6 +130,7 @@ def test_plain_off_loopback_works_when_asked_for(run_dir: Path) -> None:
         assert job.wait() == 0, job.output()
 
 
+@pytest.mark.long
 def test_stock_torchrun_takes_the_files_too(tls: Path, tmp_path: Path) -> None:
     files = files_in(tls)
     conf = f"ca={files.ca},cert={files.cert},key={files.key},join_window_s=0.2"
@@ -147,6 +150,7 @@ def test_stock_torchrun_takes_the_files_too(tls: Path, tmp_path: Path) -> None:
         assert "trained" in one.output()
 
 
+@pytest.mark.long
 @needs_etcd
 def test_the_same_settings_count_for_etcd(tls: Path, tmp_path: Path, run_dir: Path) -> None:
     files = files_in(tls)

@@ -102,6 +102,7 @@ def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
     assert set(tiers[1:]) == {"live"}, tiers
 
 
+@pytest.mark.long
 def test_a_survivor_that_does_not_unwind_is_replaced(undisturbed: dict[str, object], tmp_path: Path) -> None:
     arguments = ("--stuck-rank=0", "--stuck-step=12", f"--once={tmp_path / 'once'}")
     with Job(
@@ -114,6 +115,7 @@ def test_a_survivor_that_does_not_unwind_is_replaced(undisturbed: dict[str, obje
     assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
 
 
+@pytest.mark.long
 def test_exiting_early_is_a_failure_and_is_replaced(undisturbed: dict[str, object], tmp_path: Path) -> None:
     arguments = ("--exit-rank=1", "--exit-step=9", f"--once={tmp_path / 'once'}")
     with Job("--standalone", "--nproc-per-node=2", TRAIN, *arguments) as job:
@@ -215,6 +217,7 @@ def test_a_plain_script_fails_for_good_with_torchs_summary() -> None:
     assert "Root Cause (first observed failure)" in "\n".join(job.text)
 
 
+@pytest.mark.long
 def test_a_flipped_bit_falls_back_to_the_snapshot_before(
     undisturbed: dict[str, object], run_dir: Path
 ) -> None:

@@ -24,6 +24,7 @@ def _run(*command: str, out: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.long
 def test_alone_and_on_two_workers_it_is_the_same_training(tmp_path: Path) -> None:
     alone = _run(GPT, out=tmp_path / "alone.json")
     two = _run(

@@ -34,6 +34,7 @@ def reaches(network: Network, one: str, other: str) -> bool:
     return network[one].ask(connect)
 
 
+@pytest.mark.long
 def test_hosts_have_names_and_addresses_and_links_that_can_be_cut(tmp_path: Path) -> None:
     with Network(tmp_path, "a", "b", "c") as network, serve(network, "a"), serve(network, "b"):
         told = subprocess.run(

@@ -92,6 +92,7 @@ def test_a_disk_that_takes_nothing_for_a_while(
     assert [row["step"] for row in rows] == list(range(1, 17))
 
 
+@pytest.mark.long
 def test_a_start_on_a_full_disk_is_refused(zygote: Zygote, tmp_path: Path, small_disk: Path) -> None:
     run_dir = small_disk / "run"
     with Cluster(zygote, tmp_path, "train", {"steps": 4}, run_dir=run_dir) as cluster, full(run_dir):
