@@ -177,6 +177,9 @@ class PendingBlob(Protocol):
 class StreamBlobs(Blobs, Protocol):
     """Blobs that can also be written and read in pieces: what packs need."""
 
+    remote: bool
+    """Each reading is a transfer of its own, also of what another process of the machine has just read."""
+
     def open(self, name: str) -> BlobReader:
         """Raises FileNotFoundError."""
 
@@ -217,6 +220,10 @@ class Votes(Protocol):
 
     def broadcast(self, payload: bytes | None) -> bytes:
         """Rank 0 gives the payload, every rank gets it."""
+
+    def swap(self, out: memoryview, to: int, into: memoryview, source: int, *, timeout_s: float) -> None:
+        """Sends `out` to one rank while `into` is filled from another; both know the sizes. Nothing travels where a
+        size is 0. Both are writable."""
 
     def channel(self, number: int) -> Votes:
         """A second conversation over the same transport, independent of this one (another thread may hold it)."""

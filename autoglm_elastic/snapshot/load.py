@@ -17,12 +17,13 @@ import torch
 from autoglm_elastic.catalog import tree
 from autoglm_elastic.catalog.format import Manifest
 from autoglm_elastic.errors import UsageError
-from autoglm_elastic.ports import StreamBlobs
+from autoglm_elastic.ports import StreamBlobs, Votes
 from autoglm_elastic.snapshot.boxes import placed
 from autoglm_elastic.snapshot.dtypes import torch_dtype
 from autoglm_elastic.snapshot.pauses import collection_paused
 from autoglm_elastic.snapshot.read import read_tensors
 from autoglm_elastic.snapshot.scatter import Target
+from autoglm_elastic.snapshot.share import read_together, stand_aside
 
 Finish = Callable[[], Any]
 """Called after the tensors were read; returns what belongs in the target's place."""
@@ -32,13 +33,15 @@ _SHOWN_MAX: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """`missing`: in the target, not in the snapshot (left as it was). `unexpected`: stored, not asked for."""
+    """`missing`: in the target, not in the snapshot (left as it was). `unexpected`: stored, not asked for.
+    `nbytes`: that this rank read from where the snapshot lies."""
 
     entry: str
     step: int
     generation: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    nbytes: int
 
 
 def load_into(
@@ -49,23 +52,33 @@ def load_into(
     *,
     rank: int,
     world_size: int,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(missing, unexpected), as in LoadReport. Raises UsageError where the state does not fit,
-    CorruptSnapshot."""
+    votes: Votes | None = None,
+) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """(missing, unexpected, nbytes), as in LoadReport. Raises UsageError where the state does not fit,
+    CorruptSnapshot.
+
+    Args:
+        votes: all ranks load this now, and read together over it.
+    """
     with collection_paused():
-        return _load_into(blobs, manifest, state, strict, rank, world_size)
+        loader = _Loader(manifest)
+        try:
+            finish = _matched(loader, state, strict)
+        except BaseException:
+            if votes is not None:
+                stand_aside(votes)
+            raise
+        if votes is None:
+            nbytes = read_tensors(blobs, manifest, loader.targets, rank=rank, world_size=world_size)
+        else:
+            nbytes = read_together(blobs, manifest, loader.targets, votes)
+        finish()
+    return tuple(loader.missing), tuple(loader.unexpected), nbytes
 
 
-def _load_into(
-    blobs: StreamBlobs,
-    manifest: Manifest,
-    state: MutableMapping[str, Any],
-    strict: bool,
-    rank: int,
-    world_size: int,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    loader = _Loader(manifest)
-    finish = loader.match(state, manifest.tree, ())
+def _matched(loader: _Loader, state: MutableMapping[str, Any], strict: bool) -> Finish:
+    """Raises UsageError where the state does not fit."""
+    finish = loader.match(state, loader.manifest.tree, ())
     if strict and (loader.missing or loader.unexpected):
         parts = [
             f"{len(names)} {what} ({', '.join(names[:_SHOWN_MAX])}{', …' if len(names) > _SHOWN_MAX else ''})"
@@ -75,14 +88,12 @@ def _load_into(
         raise UsageError(
             f"the snapshot does not fit the state: {'; '.join(parts)}", do="load with strict=False"
         )
-    read_tensors(blobs, manifest, loader.targets, rank=rank, world_size=world_size)
-    finish()
-    return tuple(loader.missing), tuple(loader.unexpected)
+    return finish
 
 
 class _Loader:
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
         self.targets: list[Target] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
@@ -113,7 +124,7 @@ class _Loader:
         if name is None:
             return self._absent(target, path, node)
         where = placed(target, tree.path_name(path))
-        stored = self._manifest.tensors[name]
+        stored = self.manifest.tensors[name]
         if (stored.dtype, stored.shape) != (where.dtype.name, where.shape):
             raise UsageError(
                 f"tensor {tree.path_name(path)} is {where.dtype.name} {list(where.shape)} here",
@@ -126,7 +137,7 @@ class _Loader:
     def _array(self, target: np.ndarray[Any, Any], node: Any, path: tree.Path) -> Finish:
         if tree.code_of(node) != "array":
             return self._absent(target, path, node)
-        stored = self._manifest.tensors[node["v"]]
+        stored = self.manifest.tensors[node["v"]]
         if target.flags.writeable and target.flags.c_contiguous and target.shape == stored.shape:
             whole = torch.from_numpy(target)
             if whole.dtype == torch_dtype(stored.dtype):
@@ -205,7 +216,7 @@ class _Loader:
 
         def tensor(name: str) -> torch.Tensor:
             if name not in fresh:
-                stored = self._manifest.tensors[name]
+                stored = self.manifest.tensors[name]
                 fresh[name] = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype))
                 self.targets.append(Target(name, ((0,) * len(stored.shape), stored.shape), fresh[name]))
             return fresh[name]

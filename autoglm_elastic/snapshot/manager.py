@@ -38,7 +38,7 @@ from autoglm_elastic.snapshot.load import LoadReport, load_into
 from autoglm_elastic.snapshot.staging import Stager, Staging
 from autoglm_elastic.snapshot.votes import SingleVotes
 
-_TRIGGERS, _LOADS = 1, 2
+_TRIGGERS, _LOADS, _SHARES = 1, 2, 3
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
 _IDLE_S: Final = 60.0
 """The writer thread looks up this often although it is woken for everything."""
@@ -281,7 +281,12 @@ class CheckpointManager:
             return
 
     def load(
-        self, state: MutableMapping[str, Any], *, entry: str | CatalogEntry | None = None, strict: bool = True
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        entry: str | CatalogEntry | None = None,
+        strict: bool = True,
+        together: bool | None = None,
     ) -> LoadReport:
         """Loads a snapshot into `state`, in place, from any world size to any; every byte is verified.
 
@@ -291,6 +296,9 @@ class CheckpointManager:
         Args:
             entry: which one; None for the newest of the lineage, which rank 0 then chooses for all ranks.
             strict: refuse when `state` and snapshot do not have the same keys.
+            together: ranks that want the same read each byte once and hand it on to each other; all ranks call `load`
+                at the same time with the same snapshot. None does so where each rank would have to fetch it over a
+                network (docs/storage.md) and rank 0 has chosen the snapshot.
 
         Raises UsageError (nothing is changed then) or CorruptSnapshot (`state` may be partly overwritten
         then)."""
@@ -300,10 +308,18 @@ class CheckpointManager:
             else self._catalog.entry(entry or self._agree_on_newest())
         )
         manifest = self._catalog.manifest(chosen)
-        missing, unexpected = load_into(
-            self._blobs, manifest, state, strict, rank=self._rank, world_size=self._world_size
+        if together is None:
+            together = entry is None and self._blobs.remote
+        missing, unexpected, nbytes = load_into(
+            self._blobs,
+            manifest,
+            state,
+            strict,
+            rank=self._rank,
+            world_size=self._world_size,
+            votes=self._votes.channel(_SHARES) if together and self._world_size > 1 else None,
         )
-        return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected)
+        return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected, nbytes)
 
     def _agree_on_newest(self) -> str:
         name = ""

@@ -42,17 +42,22 @@ def read_tensors(
         rank, world_size: of the reader; only say where to look first.
     """
     with OpenPacks(blobs, manifest) as opened, torch.no_grad():
-        jobs = find_jobs(opened, manifest, targets, rank, world_size)
-        runs = list(_runs(jobs))
-        nbytes = sum(job.chunk.nbytes for job in jobs)
-        few = max(1, nbytes // _THREAD_BYTES_MIN)
-        threads = min(limits.READ_THREADS_MAX, len(os.sched_getaffinity(0)), len(runs), few)
-        if threads < 2:
-            scatter = Scatter()
-            for run in runs:
-                scatter.run(opened.reader(run[0].chunk.pack), run)
-        else:
-            _run_all(opened, runs, threads)
+        return read_jobs(opened, find_jobs(opened, manifest, targets, rank, world_size))
+
+
+def read_jobs(opened: OpenPacks, jobs: Sequence[Job]) -> int:
+    """Fills what the jobs name; called without gradients. Returns the bytes read. Raises CorruptSnapshot,
+    PlatformError."""
+    runs = list(_runs(jobs))
+    nbytes = sum(job.chunk.nbytes for job in jobs)
+    few = max(1, nbytes // _THREAD_BYTES_MIN)
+    threads = min(limits.READ_THREADS_MAX, len(os.sched_getaffinity(0)), len(runs), few)
+    if threads < 2:
+        scatter = Scatter()
+        for run in runs:
+            scatter.run(opened.reader(run[0].chunk.pack), run)
+    else:
+        _run_all(opened, runs, threads)
     return nbytes
 
 

@@ -155,12 +155,12 @@ def _direct(job: Job) -> list[tuple[memoryview | None, int]] | None:
     chunk = job.chunk
     if len(job.pieces) == 1:
         target, common = job.pieces[0]
-        if common[1] == chunk.sizes and common == target.box and _is_plain(target.local):
+        if common[1] == chunk.sizes and common == target.box and is_plain(target.local):
             return [(memory_of(target.local), chunk.nbytes)]
     found: list[tuple[int, memoryview]] = []
     for target, common in job.pieces:
         inside = part(target.local, target.box, common)
-        if not _is_plain(inside) or not _is_run(chunk.sizes, common[1]):
+        if not is_plain(inside) or not _is_run(chunk.sizes, common[1]):
             return None
         begin = 0
         for offset, base, size in zip(common[0], chunk.offsets, chunk.sizes, strict=True):
@@ -181,7 +181,8 @@ def _direct(job: Job) -> list[tuple[memoryview | None, int]] | None:
     return views
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Its bytes lie in memory one behind the other, as they are stored."""
     return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 

@@ -20,6 +20,7 @@ _TAG_BASE: Final = 0x0A00
 """Keeps our tags away from those of a user who sends over the same group."""
 _TAGS_A_CHANNEL: Final = 4
 _SIZE, _DATA = 0, 1
+_TO, _FROM = "sending to", "receiving from"
 
 
 class SingleVotes:
@@ -35,6 +36,9 @@ class SingleVotes:
         if payload is None:
             raise VotesLost("rank 0 gave nothing to broadcast")
         return payload
+
+    def swap(self, out: memoryview, to: int, into: memoryview, source: int, *, timeout_s: float) -> None:
+        raise VotesLost("there is no other rank")
 
     def channel(self, number: int) -> SingleVotes:
         return self
@@ -83,27 +87,52 @@ class GroupVotes:
             raise lost
         return payload
 
+    def swap(self, out: memoryview, to: int, into: memoryview, source: int, *, timeout_s: float) -> None:
+        sent = got = None
+        if into.nbytes:
+            room = torch.frombuffer(into, dtype=torch.uint8)
+            got = self._start(lambda: self._group.recv([room], source, self._tag + _DATA), _FROM, source)
+        if out.nbytes:
+            data = torch.frombuffer(out, dtype=torch.uint8)
+            sent = self._start(lambda: self._group.send([data], to, self._tag + _DATA), _TO, to)
+        if got is not None:
+            self._end(got, _FROM, source, timeout_s)
+        if sent is not None:
+            self._end(sent, _TO, to, timeout_s)
+
     def _send(self, peer: int, payload: bytes) -> None:
         size = torch.tensor([len(payload)], dtype=torch.int64)
-        self._wait(lambda: self._group.send([size], peer, self._tag + _SIZE), "sending to", peer)
+        self._wait(lambda: self._group.send([size], peer, self._tag + _SIZE), _TO, peer)
         if payload:
             data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            self._wait(lambda: self._group.send([data], peer, self._tag + _DATA), "sending to", peer)
+            self._wait(lambda: self._group.send([data], peer, self._tag + _DATA), _TO, peer)
 
     def _receive(self, peer: int) -> bytes:
         size = torch.zeros(1, dtype=torch.int64)
-        self._wait(lambda: self._group.recv([size], peer, self._tag + _SIZE), "receiving from", peer)
+        self._wait(lambda: self._group.recv([size], peer, self._tag + _SIZE), _FROM, peer)
         nbytes = int(size.item())
         if not 0 <= nbytes <= limits.VOTE_BYTES_MAX:
             raise VotesLost(f"rank {peer} announced a vote of {nbytes} bytes")
         data = torch.zeros(nbytes, dtype=torch.uint8)
         if nbytes:
-            self._wait(lambda: self._group.recv([data], peer, self._tag + _DATA), "receiving from", peer)
+            self._wait(lambda: self._group.recv([data], peer, self._tag + _DATA), _FROM, peer)
         return data.numpy().tobytes()
 
     def _wait(self, start: Callable[[], Any], doing: str, peer: int) -> None:
+        self._end(self._start(start, doing, peer), doing, peer, self._timeout_s)
+
+    def _start(self, start: Callable[[], Any], doing: str, peer: int) -> Any:
         try:
-            work = start()
-            work.wait(timedelta(seconds=self._timeout_s))
+            return start()
         except (RuntimeError, ValueError) as error:
-            raise VotesLost(f"{doing} rank {peer}: {str(error).splitlines()[0][:160]}") from error
+            raise _lost(doing, peer, error) from error
+
+    def _end(self, work: Any, doing: str, peer: int, timeout_s: float) -> None:
+        try:
+            work.wait(timedelta(seconds=timeout_s))
+        except (RuntimeError, ValueError) as error:
+            raise _lost(doing, peer, error) from error
+
+
+def _lost(doing: str, peer: int, error: Exception) -> VotesLost:
+    return VotesLost(f"{doing} rank {peer}: {str(error).splitlines()[0][:160]}")

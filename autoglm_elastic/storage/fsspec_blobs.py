@@ -69,6 +69,7 @@ class FsspecBlobs:
         except (ValueError, TypeError, OSError) as error:
             raise UsageError(f"{url}: {_one_line(error)}", valid="a URL that fsspec knows") from error
         self.protocol, self.url = protocol, url
+        self.remote = protocol != "memory"
         self.threads = Threads()
         self._calls = Threads()
 

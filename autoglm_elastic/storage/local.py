@@ -127,6 +127,8 @@ class LocalBlobs:
         direct: large writes go past the page cache where the file system can.
     """
 
+    remote = False
+
     def __init__(
         self, root: str | os.PathLike[str], *, files: Files | None = None, direct: bool = False
     ) -> None:

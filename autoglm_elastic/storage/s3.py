@@ -48,6 +48,8 @@ class S3Blobs:
         part_bytes: of a multipart upload; at least 5 MiB on most servers.
     """
 
+    remote = True
+
     def __init__(
         self, bucket: str, prefix: str, options: Mapping[str, str], *, part_bytes: int = PART_BYTES
     ) -> None:

@@ -65,6 +65,9 @@ class LateVotes:
     def broadcast(self, payload: bytes | None) -> bytes:
         return self._there().broadcast(payload)
 
+    def swap(self, out: memoryview, to: int, into: memoryview, source: int, *, timeout_s: float) -> None:
+        self._there().swap(out, to, into, source, timeout_s=timeout_s)
+
     def channel(self, number: int) -> Votes:
         return self._there().channel(number)
 
@@ -233,11 +236,19 @@ class Snapshots(Stored):
 
     def loader(self, entry: str) -> Callable[[dict[str, Any]], None]:
         def load(state: dict[str, Any]) -> None:
-            report = self.manager.load(state, entry=entry, strict=False)
+            together = self._line.blobs.remote and self._votes.world_size > 1
+            if together:
+                self._meet()
+            report = self.manager.load(state, entry=entry, strict=False, together=together)
             if report.missing:
                 raise UsageError(f"snapshot {entry} has no {', '.join(report.missing[:5])}")
 
         return load
+
+    def _meet(self) -> None:
+        """All ranks call it, at the same place."""
+        if self._votes.world_size > 1 and not self._votes.bound:
+            self._votes.bind(self._votes_group())
 
     def due(self, boundary: int) -> bool:
         """Rank 0's decision; the others follow it. Never while one is under way: what falls due meanwhile
@@ -283,8 +294,7 @@ class Snapshots(Stored):
             last: no step follows."""
         self._asked_step, self._asked_at = step, time.monotonic()
         try:
-            if self._votes.world_size > 1 and not self._votes.bound:
-                self._votes.bind(self._votes_group())
+            self._meet()
             self.wait(PREVIOUS_LIMIT_S)
             if self._rank == 0 and self._owed:
                 self._owed = write_records(self, self._owed)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from autoglm_elastic.catalog import limits
+from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.snapshot import (
     CheckpointManager,
     GroupVotes,
@@ -323,3 +324,61 @@ def dcp_round(
         dcp.load(state, checkpoint_id=world.run_dir, storage_reader=SafetensorsReader())
         check(state, state["step"])
         return state["step"]
+
+
+def together(
+    world: World,
+    *,
+    dims: list[int],
+    placements: list[str],
+    load: int,
+    how: str = "",
+) -> Any:
+    """Loads step `load` with the others; [bytes read here, what was raised]. `how`: what goes wrong at rank 1."""
+    with world.group():
+        mesh = mesh_of(world, dims)
+        votes = _DiesAtSwap if how == "dies" and world.rank == 1 else GroupVotes
+        group = votes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
+        with CheckpointManager(world.run_dir, votes=group, rank=world.rank, world_size=world.size) as manager:
+            blank = {name: torch.zeros_like(tensor) for name, tensor in values(0).items()}
+            state = state_of(mesh, blank, parse(placements))
+            if how == "misfit" and world.rank == 1:
+                state["model"]["not there"] = torch.zeros(1)
+            try:
+                report = manager.load(state, together=True)
+            except ElasticError as error:
+                return [-1, f"{type(error).__name__}: {error}"]
+            check(state, load)
+            return [report.nbytes, ""]
+
+
+def from_store(world: World, *, url: str, environment: dict[str, str]) -> Any:
+    """Saves a replicated state in an object store and loads it; the bytes read here."""
+    os.environ.update(environment)
+    with world.group():
+        votes = GroupVotes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
+        with CheckpointManager(url, votes=votes, rank=world.rank, world_size=world.size) as manager:
+            if not manager.save(1, {"model": values(1)}).wait(WAIT_S).committed:
+                raise AssertionError("not committed")
+            dist.barrier()
+            state = {"model": {name: torch.zeros_like(tensor) for name, tensor in values(0).items()}}
+            report = manager.load(state)
+            for name, tensor in values(1).items():
+                if not torch.equal(state["model"][name], tensor):
+                    raise AssertionError(name)
+            return report.nbytes
+
+
+class _DiesAtSwap(GroupVotes):
+    """Killed as soon as it has told the others that its share is read."""
+
+    swaps = 0
+
+    def channel(self, number: int) -> GroupVotes:
+        return _DiesAtSwap(self._group, timeout_s=WAIT_S, channel=number)
+
+    def swap(self, out: memoryview, to: int, into: memoryview, source: int, *, timeout_s: float) -> None:
+        if self.swaps == self.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.swaps += 1
+        super().swap(out, to, into, source, timeout_s=timeout_s)
