@@ -75,15 +75,12 @@ def _wish(targets: Iterable[Target]) -> bytes:
 def _members(votes: Votes, mine: bytes) -> list[int]:
     """The ranks that want exactly this, in this order; in their order."""
     try:
-        told = votes.broadcast(b"".join(votes.gather(mine) or ()) if votes.rank == 0 else _given(votes, mine))
+        wishes = votes.gather(mine)
+        told = votes.broadcast(None if wishes is None else b"".join(wishes))
     except VotesLost as error:
         raise PlatformError(f"no agreement on who reads what: {error}") from error
     size = len(mine)
     return [rank for rank in range(votes.world_size) if told[rank * size : (rank + 1) * size] == mine]
-
-
-def _given(votes: Votes, mine: bytes) -> None:
-    votes.gather(mine)
 
 
 def _shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
