@@ -33,7 +33,8 @@ def read(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which plain YAML would silently drop one."""
+    """Safe YAML that refuses a key given twice, of which plain YAML would silently drop one. Numbers are decimal
+    ones: what YAML 1.1 takes for octal (010) or for minutes and seconds (1:30) stays text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -43,6 +44,19 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"{key!r} is given twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+def _as_number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    text = loader.construct_scalar(node)
+    if ":" in text or text.lstrip("+-").startswith(tuple(f"0{digit}" for digit in "01234567_bx")):
+        return text
+    if node.tag.endswith(":int"):
+        return loader.construct_yaml_int(node)
+    return loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_number)
 
 
 def _yaml_problem(error: Exception) -> str:

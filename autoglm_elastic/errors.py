@@ -75,5 +75,6 @@ class FencedError(ElasticError):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Its text; what it quotes of hostile input may bring line ends."""
-    return " ".join(str(error).split())
+    """Its text. What it quotes of hostile input may bring line ends, and commands to a terminal."""
+    words = " ".join(str(error).split())
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words)

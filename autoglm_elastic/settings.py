@@ -21,6 +21,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from autoglm_elastic import _setting_words as _words
 from autoglm_elastic import _yaml
 from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import UsageError
@@ -302,6 +303,12 @@ def fields() -> Iterator[Field]:
 
 _FIELDS: Final = {field.name: field for field in fields()}
 _VARIABLES: Final = {field.variable: field for field in _FIELDS.values()}
+_GROUP_NAMES: Final = frozenset(group.name.upper() for group in msgspec.structs.fields(Settings))
+_LEAVES_WITH_UNIT: Final = frozenset(
+    leaf.upper() for leaf in (name.partition(".")[2] for name in _FIELDS) if leaf.endswith(("_s", "_bytes"))
+)
+_LAUNCH_VARIABLES: Final = frozenset({"AUTOGLM_STORE"})
+"""What launch/ is told: the whole name of a group, and no group of settings."""
 
 
 def load(
@@ -334,9 +341,7 @@ def load(
         if variable in _VARIABLES:
             put(_VARIABLES[variable].name, text, f"environment {variable}")
         elif _looks_like_setting(variable):
-            raise UsageError(
-                f"environment variable {variable}: no such setting", do=_nearest(variable, _VARIABLES)
-            )
+            raise _unknown_variable(variable)
     for name, text, source in overrides:
         _require_known(name, source)
         put(name, text, source)
@@ -427,33 +432,38 @@ def _checked(field: Field, value: Any, source: str) -> Any:
         value = [item for item in (part.strip() for part in value.split(",")) if item]
     try:
         checked = msgspec.convert(value, field.type, strict=False)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{field.name} is {value!r} ({source})", valid=_expectation(error)) from error
-    if isinstance(checked, float) and not math.isfinite(checked):
-        raise UsageError(f"{field.name} is {value!r} ({source})", valid="a finite number")
-    return checked
-
-
-def _expectation(error: msgspec.ValidationError) -> str:
-    """What msgspec wanted, from its message "Expected `float` >= 0.2"."""
-    return str(error).removeprefix("Expected ").replace("`", "").partition(" - at")[0]
+        if not isinstance(checked, float) or math.isfinite(checked):
+            return checked
+    except msgspec.ValidationError:
+        pass
+    raise UsageError(
+        f"{field.name} is {_words.quoted(value)} ({source})", valid=_words.valid(field.name, field.type)
+    )
 
 
 def _require_known(name: str, source: str) -> None:
     if name not in _FIELDS:
-        raise UsageError(f"{name}: no such setting ({source})", do=_nearest(name, _FIELDS))
+        raise UsageError(f"{name}: no such setting ({source})", do=_words.nearest(name, _FIELDS))
 
 
 def _looks_like_setting(variable: str) -> bool:
-    if not variable.startswith(ENVIRONMENT_PREFIX):
+    name = variable.upper()
+    if not name.startswith(ENVIRONMENT_PREFIX) or name in _LAUNCH_VARIABLES:
         return False
-    groups = tuple(f"{ENVIRONMENT_PREFIX}{group.name.upper()}_" for group in msgspec.structs.fields(Settings))
-    return variable.startswith(groups) or bool(difflib.get_close_matches(variable, _VARIABLES, cutoff=0.8))
+    rest = name.removeprefix(ENVIRONMENT_PREFIX)
+    return (
+        rest.partition("_")[0] in _GROUP_NAMES
+        or rest in _LEAVES_WITH_UNIT
+        or bool(difflib.get_close_matches(name, _VARIABLES, cutoff=0.8))
+    )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"did you mean {close[0]}? autoglm-run --print-config lists all" if close else ""
+def _unknown_variable(variable: str) -> UsageError:
+    got = f"environment variable {variable}"
+    if variable.upper().removeprefix(ENVIRONMENT_PREFIX) in _GROUP_NAMES:
+        one = next(name for name in _VARIABLES if name.startswith(f"{variable.upper()}_"))
+        return UsageError(f"{got}: a group of settings", valid=f"a variable for each of them, such as {one}")
+    return UsageError(f"{got}: no such setting", do=_words.nearest(variable, _VARIABLES))
 
 
 def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
@@ -467,9 +477,14 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
         )
     groups = {name.partition(".")[0] for name in _FIELDS}
     for group, section in document.items():
+        if group in _FIELDS:
+            outer, _, leaf = group.partition(".")
+            raise UsageError(
+                f"{group}: a setting and no group ({source})", valid=f"{outer}: {{{leaf}: {section}}}"
+            )
         if group not in groups:
             raise UsageError(
-                f"{group}: no such group of settings ({source})", do=_nearest(str(group), groups)
+                f"{group}: no such group of settings ({source})", do=_words.nearest(str(group), groups)
             )
         if section is None:
             continue

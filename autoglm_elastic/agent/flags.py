@@ -122,12 +122,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     args = _parse_args(flags, argv)
     overrides = [settings.override(text) for text in args.set]
     if args.preload is not None:
-        overrides.append(("zygote.preload", args.preload, _source_of(flags, args, "preload", environ)))
+        source = _source_of("preload", _on_command_line(argv), environ)
+        overrides.append(("zygote.preload", args.preload, source))
     loaded = settings.load(args.config, environ, overrides)
     run_id_given = None if args.standalone or args.rdzv_id == RUN_ID_UNSET else str(args.rdzv_id)
     if not args.print_config:
         _check_script(args, environ)
     _check_fresh(args)
+    _check_variables(args, environ)
     _settle_rendezvous(args)
     return Command(args, loaded, run_id_given, tuple(argv))
 
@@ -136,11 +138,12 @@ def explain_flags(argv: Sequence[str], environ: Mapping[str, str]) -> Iterator[t
     """(flag, value, source) of every launcher flag, as given and before the rendezvous is settled."""
     flags = parser()
     args = _parse_args(flags, argv)
+    given = _on_command_line(argv)
     for action in _optional(flags):
         yield (
             max(action.option_strings, key=len).replace("_", "-"),
             str(getattr(args, action.dest)),
-            _source_of(flags, args, action.dest, environ),
+            _source_of(action.dest, given, environ),
         )
 
 
@@ -148,7 +151,7 @@ def _parse_args(flags: argparse.ArgumentParser, argv: Sequence[str]) -> argparse
     # --print-config needs no script, but torch's parser does: give it one, unless the flag is the script's.
     if any(argument.replace("_", "-") == "--print-config" for argument in argv):
         args = flags.parse_args([*argv, ""])
-        if args.print_config:
+        if getattr(args, "print_config", False):
             return args
     return flags.parse_args(list(argv))
 
@@ -157,10 +160,16 @@ def _optional(flags: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in flags._actions if action.option_strings and action.dest != "help"]
 
 
-def _source_of(
-    flags: argparse.ArgumentParser, args: argparse.Namespace, dest: str, environ: Mapping[str, str]
-) -> str:
-    if getattr(args, dest) != flags.get_default(dest):
+def _on_command_line(argv: Sequence[str]) -> frozenset[str]:
+    """The flags that were given there, whatever their value."""
+    flags = parser()
+    for action in flags._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(_parse_args(flags, argv)))
+
+
+def _source_of(dest: str, given: frozenset[str], environ: Mapping[str, str]) -> str:
+    if dest in given:
         return f"flag --{dest.replace('_', '-')}"
     variable = f"PET_{dest.upper()}"
     return f"environment {variable}" if variable in environ else "default"
@@ -199,6 +208,17 @@ def _check_fresh(args: argparse.Namespace) -> None:
         raise UsageError("--fresh without a run directory", do="give --run-dir too")
     if args.destroy is not None and not args.fresh:
         raise UsageError("--destroy without --fresh", do="give both, or neither")
+
+
+def _check_variables(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Nobody shall believe that a job has what a variable says which only launch/ reads, or nobody."""
+    meets = args.store or args.standalone or args.rdzv_endpoint or args.rdzv_backend != "static"
+    for name, has_it in (("CONFIG", args.config is not None), ("STORE", meets)):
+        if f"AUTOGLM_{name}" in environ and not has_it:
+            raise UsageError(
+                f"AUTOGLM_{name} is set, which autoglm-run does not read",
+                do=f"give --{name.lower()} or set PET_{name}, or unset AUTOGLM_{name}",
+            )
 
 
 def _settle_rendezvous(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 from autoglm_elastic.cli import ckpt, ckpt_convert, tls
-from autoglm_elastic.errors import ElasticError, ExitCode, PlatformError, UsageError
+from autoglm_elastic.errors import ElasticError, ExitCode, PlatformError, UsageError, in_one_line
 from autoglm_elastic.ports import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(arguments or ["--help"], prog_name="autoglm", standalone_mode=False)
     except ElasticError as error:
-        print(f"autoglm: {error}", file=sys.stderr)
+        print(f"autoglm: {in_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except _CommandLineError as error:
         print(f"autoglm: {_one_line(error)}; do: autoglm --help", file=sys.stderr)

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from autoglm_elastic import settings
 from autoglm_elastic.agent import flags, launcher
-from autoglm_elastic.errors import ElasticError, ExitCode
+from autoglm_elastic.errors import ElasticError, ExitCode, in_one_line
 
 _SIGNAL_BASE = 128
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ExitCode.DONE
         code = launcher.launch(command)
     except ElasticError as error:
-        _say(str(error))
+        _say(in_one_line(error))
         return error.exit_code
     except ChildFailedError as error:
         # As the last section of torchrun's traceback, for people and tools that look for it.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str) -> None:
-    print(f"autoglm-run: {' '.join(message.split())}", file=sys.stderr)
+    print(f"autoglm-run: {message}", file=sys.stderr)
 
 
 def _print_config(command: flags.Command, argv: Sequence[str]) -> None:

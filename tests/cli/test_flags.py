@@ -119,6 +119,28 @@ def test_our_flags_have_pet_variables_like_torchs(monkeypatch: pytest.MonkeyPatc
         parse()
 
 
+@pytest.mark.parametrize(
+    ("variable", "flag"),
+    [("AUTOGLM_CONFIG", "--config"), ("AUTOGLM_STORE", "--store")],
+)
+def test_a_variable_that_would_not_count_is_refused(variable: str, flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{variable} is set.*{flag} or set PET_"):
+        parse(environ={variable: "x"})
+    for meets in ("--store=tcp://localhost:1", "--standalone", "--rdzv-endpoint=h:1"):
+        parse(meets, environ={"AUTOGLM_STORE": "x"})
+
+
+def test_where_a_flag_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"PET_NPROC_PER_NODE": "2", "PET_NNODES": "1:1"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--nproc-per-node=2", "--max-restarts=0", SCRIPT]
+    sources = {flag: source for flag, _, source in flags.explain_flags(argv, environ)}
+    assert sources["--nproc-per-node"] == "flag --nproc-per-node"  # although the variable says the same
+    assert sources["--max-restarts"] == "flag --max-restarts"  # although it is the default
+    assert sources["--nnodes"] == "environment PET_NNODES"
+
+
 def test_a_script_named_by_local_rank_is_not_looked_for() -> None:
     assert flags.parse(["train_${local_rank}.py"], {}).args.training_script == "train_${local_rank}.py"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_elastic import _yaml, settings
-from autoglm_elastic.errors import ExitCode, UsageError
+from autoglm_elastic.errors import ExitCode, UsageError, in_one_line
 from autoglm_elastic.settings import Settings, load, override
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,14 +62,26 @@ def test_json_round_trip() -> None:
         ("membrship: {}", "membrship: no such group .*config.yaml.*mean membership"),
         (
             "membership: {lease_s: -1}",
-            r"membership.lease_s is -1 \(file .*config.yaml\); valid: float >= 0.2",
+            r"membership.lease_s is -1 \(file .*config.yaml\); valid: a number of seconds from 0.2 up to 300,",
         ),
         ("membership: {lease_s: .inf}", "membership.lease_s is inf"),
         ("membership: {lease_s: .nan}", "membership.lease_s is nan"),
-        ("membership: {lease_s: soon}", "membership.lease_s is 'soon'.*valid: float"),
-        ("snapshot: {interval_steps: 1.5}", "interval_steps is 1.5.*valid: int"),
-        ("snapshot: {verify_on_load: 7}", "verify_on_load is 7.*valid: bool"),
-        ("zygote: {preload: [1]}", r"preload is \[1\].*valid: str"),
+        ("membership: {lease_s: soon}", "membership.lease_s is 'soon'.*valid: a number of seconds"),
+        ("snapshot: {interval_steps: 1.5}", "interval_steps is 1.5.*valid: a whole number of steps from 0"),
+        ("snapshot: {verify_on_load: 7}", "verify_on_load is 7.*valid: true or false"),
+        ("zygote: {preload: [1]}", r"preload is \[1\].*valid: names, such as"),
+        ("membership: {lease_s: 5s}", "lease_s is '5s'.*a number of seconds .*, without a unit"),
+        ("membership: {lease_s: 1:30}", "lease_s is '1:30'.*a number of seconds"),
+        ("snapshot: {keep_last: 010}", "keep_last is '010'.*a whole number"),
+        ("snapshot: {pack_bytes_max: 1GiB}", "'1GiB'.*a whole number of bytes from 65536"),
+        ("snapshot: {keep_best_is: MIN}", "keep_best_is is 'MIN'.*valid: min or max"),
+        ("snapshot: {lease_s: 3}", "snapshot.lease_s: no such setting.*mean membership.lease_s"),
+        ("snapshot: {Interval_S: 3}", "snapshot.Interval_S: no such.*mean snapshot.interval_s"),
+        (
+            "snapshot: {compression: zstd}",
+            "no such setting .*do: autoglm config --schema lists all that this",
+        ),
+        ("membership.lease_s: 5", "a setting and no group.*valid: membership: {lease_s: 5}"),
         ("membership: 3", "membership is 3"),
         ("[1, 2]", "list; valid: a mapping"),
         ("a: [", "not valid YAML: line 1"),
@@ -99,11 +111,29 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     [
         ("AUTOGLM_MEMBERSHIP_LESE_S", "AUTOGLM_MEMBERSHIP_LEASE_S"),
         ("AUTOGLM_MEMBERSHP_LEASE_S", "AUTOGLM_MEMBERSHIP_LEASE_S"),
+        ("AUTOGLM_LEASE_S", "AUTOGLM_MEMBERSHIP_LEASE_S"),
+        ("autoglm_membership_lease_s", "AUTOGLM_MEMBERSHIP_LEASE_S"),
+        ("AUTOGLM_SNAPSHOT_CODEC", "autoglm config --schema lists all"),
     ],
 )
 def test_a_misspelt_variable_is_refused(variable: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"{variable}: no such setting.*{hint}"):
         load(environ={variable: "1"})
+
+
+def test_a_variable_for_a_whole_group_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"AUTOGLM_ZYGOTE: a group.*such as AUTOGLM_ZYGOTE_ENABLED"):
+        load(environ={"AUTOGLM_ZYGOTE": "{}"})
+    load(environ={"AUTOGLM_STORE": "etcd://h", "AUTOGLM_PORT": "1", "AUTOGLM_LEAVE_S": "3"})  # of launch/
+
+
+def test_a_line_stays_a_line_whatever_it_quotes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(write(tmp_path, '"a\\nb\\e[31m": 1'))
+    assert in_one_line(caught.value).startswith(r"a b\x1b[31m: no such group")
+    with pytest.raises(UsageError) as caught:
+        load(overrides=[override("membership.lease_s=" + "x" * 9999)])
+    assert len(str(caught.value)) < 300
 
 
 def test_flags_without_a_value_or_a_name_are_refused() -> None:
