@@ -42,6 +42,7 @@ class Control:
         self._told_at = 0.0
         self._breaker: Callable[[], None] | None = None
         self._generation = -1
+        self._met = False
         self.stop: wire.Stop | None = None
         self.waiting = False
         """In `wait_world`: there is no world to agree on a stop with."""
@@ -66,15 +67,22 @@ class Control:
     def enter(self, generation: int, breaker: Callable[[], None]) -> None:
         """`generation` is ours now. If it is broken already, `breaker` is called here."""
         with self._changed:
-            self._generation, self._breaker = generation, breaker
+            self._generation, self._breaker, self._met = generation, breaker, False
             broken = self._broken[0] >= generation
         if broken:
             breaker()
 
+    def met(self) -> None:
+        """All ranks are in the generation, so that they can agree on a boundary to leave it at for a planned one.
+        Before that some may have gone to the planned one at once, and whoever waits for them here would wait in
+        vain."""
+        with self._changed:
+            self._met = True
+
     def leave(self) -> None:
         """Out of the generation's groups: nothing is left to break."""
         with self._changed:
-            self._breaker = None
+            self._breaker, self._met = None, False
 
     def why_broken(self, generation: int) -> str | None:
         """The reason when `generation` is known to be broken, else None."""
@@ -139,7 +147,11 @@ class Control:
                 self.stop = message
             else:
                 ours = self._generation
-                newer = isinstance(message, wire.World) and not message.planned and message.generation > ours
+                newer = (
+                    isinstance(message, wire.World)
+                    and message.generation > ours
+                    and not (message.planned and self._met)
+                )
                 broken = message.generation if isinstance(message, wire.Break) else message.generation - 1
                 if isinstance(message, wire.World):
                     self._world = message

@@ -194,6 +194,7 @@ class Session:
         planned = time.monotonic()
         if self._control is not None:
             groups.build()
+            self._control.met()
         built = time.monotonic()
         self._phases_s |= {"group": (connected - started) + (built - planned), "plan": planned - connected}
         self._begin(world, agreement)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,30 @@ def test_sharded_state_grows_without_a_run_directory(zygote: Zygote, tmp_path: P
         assert min(r.from_step for r in cluster.resumed(1)) >= 4
     calm = undisturbed(zygote, tmp_path / "calm", args, 1)
     assert results[0]["weights"] == pytest.approx(calm[0]["weights"], rel=1e-4, abs=1e-5)
+
+
+def test_a_planned_world_comes_before_everybody_is_in_its_parent(zygote: Zygote, tmp_path: Path) -> None:
+    """One is in the parent already, another hears of both at once and goes to the newer one."""
+    with Cluster(zygote, tmp_path, "train", {"steps": 12}) as cluster:
+        cluster.start(3)
+        first, late, doomed = cluster.alive
+        cluster.wait_said(first, trying=4)
+        os.kill(late.pid, signal.SIGSTOP)
+        cluster.kill(doomed)
+        cluster.reform(reason="a node left")
+        parent = cluster.generation
+
+        def in_parent() -> bool:
+            return any(isinstance(told, wire.Entered) and told.generation == parent for told in first.told)
+
+        cluster.wait(in_parent, "worker in the parent")
+        cluster.reform(add=1, planned=True, reason="a node joined")
+        os.kill(late.pid, signal.SIGCONT)
+        cluster.wait_exits()
+        results = cluster.results()
+        assert {resumed.tier for resumed in cluster.resumed(cluster.generation)} == {"live"}
+    calm = undisturbed(zygote, tmp_path / "calm", {"steps": 12}, 3)
+    assert [r["digest"] for r in results] == [r["digest"] for r in calm]
 
 
 def test_a_death_while_a_planned_world_waits(zygote: Zygote, tmp_path: Path) -> None:
