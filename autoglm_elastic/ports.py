@@ -228,6 +228,10 @@ class Votes(Protocol):
     def channel(self, number: int) -> Votes:
         """A second conversation over the same transport, independent of this one (another thread may hold it)."""
 
+    def leave(self) -> None:
+        """This rank gives up: whoever waits for it, in any conversation, gets `VotesLost` now and not only at the
+        bound. Nothing more can be said over this transport. Never raises."""
+
 
 class VotesLost(Exception):
     """A peer died or did not answer within the bound: the snapshot is undecided here, settle it by reading."""

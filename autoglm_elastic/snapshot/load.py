@@ -23,7 +23,7 @@ from autoglm_elastic.snapshot.dtypes import torch_dtype
 from autoglm_elastic.snapshot.pauses import collection_paused
 from autoglm_elastic.snapshot.read import read_tensors
 from autoglm_elastic.snapshot.scatter import Target
-from autoglm_elastic.snapshot.share import read_together, stand_aside
+from autoglm_elastic.snapshot.share import excused, read_together
 
 Finish = Callable[[], Any]
 """Called after the tensors were read; returns what belongs in the target's place."""
@@ -62,12 +62,8 @@ def load_into(
     """
     with collection_paused():
         loader = _Loader(manifest)
-        try:
+        with excused(votes):
             finish = _matched(loader, state, strict)
-        except BaseException:
-            if votes is not None:
-                stand_aside(votes)
-            raise
         if votes is None:
             nbytes = read_tensors(blobs, manifest, loader.targets, rank=rank, world_size=world_size)
         else:

@@ -35,6 +35,7 @@ from autoglm_elastic.snapshot.dtypes import versions
 from autoglm_elastic.snapshot.handle import Counts, Handle
 from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport, load_into
+from autoglm_elastic.snapshot.share import excused
 from autoglm_elastic.snapshot.staging import Stager, Staging
 from autoglm_elastic.snapshot.votes import SingleVotes
 
@@ -302,14 +303,13 @@ class CheckpointManager:
 
         Raises UsageError (nothing is changed then) or CorruptSnapshot (`state` may be partly overwritten
         then)."""
-        chosen = (
-            entry
-            if isinstance(entry, CatalogEntry)
-            else self._catalog.entry(entry or self._agree_on_newest())
-        )
-        manifest = self._catalog.manifest(chosen)
         if together is None:
             together = entry is None and self._blobs.remote
+        votes = self._votes.channel(_SHARES) if together and self._world_size > 1 else None
+        named = entry or self._agree_on_newest()
+        with excused(votes):
+            chosen = named if isinstance(named, CatalogEntry) else self._catalog.entry(named)
+            manifest = self._catalog.manifest(chosen)
         missing, unexpected, nbytes = load_into(
             self._blobs,
             manifest,
@@ -317,7 +317,7 @@ class CheckpointManager:
             strict,
             rank=self._rank,
             world_size=self._world_size,
-            votes=self._votes.channel(_SHARES) if together and self._world_size > 1 else None,
+            votes=votes,
         )
         return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected, nbytes)
 

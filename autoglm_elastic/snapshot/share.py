@@ -3,7 +3,7 @@
 Where every reader pays for what it reads (an object store), this costs the store the size of the state instead of
 that times the ranks. Ranks whose wishes are equal find each other by a digest of them; each reads and verifies its
 share straight into its targets; then the shares go around in a ring, with a digest of their own. A failure of one
-is every member's failure, before any share is passed on."""
+is every member's failure; a rank that is lost is missed by all at once, also by those it never speaks to."""
 
 from __future__ import annotations
 
@@ -11,28 +11,26 @@ import contextlib
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Final
 
 import torch
-import xxhash
 
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.format import Manifest
 from autoglm_elastic.catalog.opened import OpenPacks
+from autoglm_elastic.catalog.packs import Digest
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError
 from autoglm_elastic.ports import StreamBlobs, Votes, VotesLost
-from autoglm_elastic.snapshot.boxes import part
+from autoglm_elastic.snapshot.messages import Packer, messages_of
 from autoglm_elastic.snapshot.read import READ_S, find_jobs, read_jobs
-from autoglm_elastic.snapshot.scatter import Job, Target, is_plain
-from autoglm_elastic.snapshot.stage import memory_of
+from autoglm_elastic.snapshot.scatter import Job, Target
 
-MESSAGE_BYTES: Final = 16 << 20
-"""Passed on at a time. What does not lie contiguously on the CPU goes through a buffer: of this size, or of a chunk."""
-_ALIGNMENT: Final = 16
-"""Of tensors in a buffer: no element is larger."""
-_STATUS: Final = struct.Struct("<I252s")
+_TEXT_BYTES: Final = 508
+_STATUS: Final = struct.Struct(f"<I{_TEXT_BYTES}s")
 _FINE, _CORRUPT, _FAILED = range(3)
 _DIGEST_BYTES: Final = 16
+_NOTHING: Final = memoryview(bytearray())
 
 
 def read_together(blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Target], votes: Votes) -> int:
@@ -40,45 +38,75 @@ def read_together(blobs: StreamBlobs, manifest: Manifest, targets: Sequence[Targ
 
     Raises CorruptSnapshot or PlatformError, on all ranks that share with one that failed; targets are partly
     overwritten then."""
-    members = _members(votes, _wish(targets))
+    with _leaving(votes):
+        members = _members(votes, _wish(manifest, targets))
     with OpenPacks(blobs, manifest) as opened, torch.no_grad():
         if len(members) < 2:
             return read_jobs(opened, find_jobs(opened, manifest, targets, votes.rank, votes.world_size))
-        ring = _Ring(votes, members)
-        shares: list[list[Job]] = []
-        nbytes, failure = 0, None
-        try:
-            # In the order that the first member would take: the shares must be the same for all.
-            jobs = find_jobs(opened, manifest, targets, members[0], votes.world_size)
-            shares = _shares(jobs, len(members))
-            nbytes = read_jobs(opened, shares[ring.place])
-        except ElasticError as error:
-            failure = error
-        ring.agree(failure)
-        ring.pass_on([list(_messages(share)) for share in shares])
+        with _leaving(votes):
+            ring = _Ring(votes, members)
+            shares: list[list[Job]] = []
+            nbytes = 0
+            failure: Exception | None = None
+            try:
+                # In the order that the first member would take: the shares must be the same for all.
+                jobs = find_jobs(opened, manifest, targets, members[0], votes.world_size)
+                shares = _shares(jobs, len(members))
+                nbytes = read_jobs(opened, shares[ring.place])
+            except Exception as error:  # noqa: BLE001 - raised by `agree`, here and at the others
+                failure = error
+            ring.agree(failure)
+            ring.agree(ring.pass_on(shares))
     return nbytes
 
 
-def stand_aside(votes: Votes) -> None:
-    """This rank reads nothing after all: the others do not wait for it. Never raises."""
-    with contextlib.suppress(PlatformError):
-        _members(votes, bytes(hashlib.sha256().digest_size))
+@contextlib.contextmanager
+def excused(votes: Votes | None) -> Iterator[None]:
+    """What raises in here, before `read_together`, keeps nobody waiting. None: nobody waits."""
+    try:
+        yield
+    except Exception:
+        if votes is not None:
+            with contextlib.suppress(PlatformError), _leaving(votes):
+                _members(votes, bytes(hashlib.sha256().digest_size))
+        raise
+    except BaseException:
+        if votes is not None:
+            votes.leave()
+        raise
 
 
-def _wish(targets: Iterable[Target]) -> bytes:
+@contextlib.contextmanager
+def _leaving(votes: Votes) -> Iterator[None]:
+    """Who has lost a rank, or is interrupted, lets nobody wait for what it does not say any more."""
+    try:
+        yield
+    except VotesLost as error:
+        votes.leave()
+        raise PlatformError(
+            f"reading a snapshot together: {error}", do="load again with all ranks"
+        ) from error
+    except Exception:
+        raise
+    except BaseException:
+        votes.leave()
+        raise
+
+
+def _wish(manifest: Manifest, targets: Iterable[Target]) -> bytes:
+    """Of the same packs the same boxes."""
     digest = hashlib.sha256()
+    for pack in manifest.packs:
+        digest.update(f"{pack.sha256}\n".encode())
     for target in targets:
         digest.update(f"{target.name}\0{target.box}\0{target.local.dtype}\n".encode())
     return digest.digest()
 
 
 def _members(votes: Votes, mine: bytes) -> list[int]:
-    """The ranks that want exactly this, in this order; in their order."""
-    try:
-        wishes = votes.gather(mine)
-        told = votes.broadcast(None if wishes is None else b"".join(wishes))
-    except VotesLost as error:
-        raise PlatformError(f"no agreement on who reads what: {error}") from error
+    """The ranks that want exactly this, in this order; in their order. Raises VotesLost."""
+    wishes = votes.gather(mine)
+    told = votes.broadcast(None if wishes is None else b"".join(wishes))
     size = len(mine)
     return [rank for rank in range(votes.world_size) if told[rank * size : (rank + 1) * size] == mine]
 
@@ -94,79 +122,6 @@ def _shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
     return shares
 
 
-class _Buffer:
-    """Memory for one direction; grows to the largest message and is kept."""
-
-    def __init__(self) -> None:
-        self._raw = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        if self._raw.numel() < nbytes:
-            self._raw = torch.zeros(nbytes, dtype=torch.uint8)
-        return self._raw[:nbytes]
-
-
-class _Message:
-    """Bytes that travel at once: one stretch of memory, or tensors that go through a buffer."""
-
-    def __init__(self, nbytes: int, memory: memoryview | None, tensors: Sequence[torch.Tensor] = ()) -> None:
-        self.nbytes, self._memory, self._tensors = nbytes, memory, tensors
-
-    def ready(self, buffer: _Buffer) -> memoryview:
-        """To be sent."""
-        if self._memory is None:
-            for tensor, place in self._places(buffer):
-                place.copy_(tensor)
-        return self.room(buffer)
-
-    def room(self, buffer: _Buffer) -> memoryview:
-        """To be filled; then `arrived`."""
-        return memory_of(buffer.take(self.nbytes)) if self._memory is None else self._memory
-
-    def arrived(self, buffer: _Buffer) -> None:
-        if self._memory is None:
-            for tensor, place in self._places(buffer):
-                tensor.copy_(place)
-
-    def _places(self, buffer: _Buffer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        whole = buffer.take(self.nbytes)
-        at = 0
-        for tensor in self._tensors:
-            nbytes = tensor.numel() * tensor.element_size()
-            yield tensor, whole[at : at + nbytes].view(tensor.dtype).view(tensor.shape)
-            whole[at + nbytes : at + _padded(nbytes)] = 0  # alike at whoever passes it on, for the digest
-            at += _padded(nbytes)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _messages(jobs: Sequence[Job]) -> Iterator[_Message]:
-    """What a share has filled, in an order that every member knows."""
-    small: list[torch.Tensor] = []
-    gathered = 0
-    for job in jobs:
-        for target, common in job.pieces:
-            inside = part(target.local, target.box, common)
-            nbytes = inside.numel() * inside.element_size()
-            if not nbytes:
-                continue
-            if is_plain(inside) and nbytes >= MESSAGE_BYTES // 2:
-                memory = memory_of(inside)
-                for at in range(0, nbytes, MESSAGE_BYTES):
-                    stretch = memory[at : at + MESSAGE_BYTES]
-                    yield _Message(stretch.nbytes, stretch)
-                continue
-            if small and gathered + nbytes > MESSAGE_BYTES:
-                yield _Message(gathered, None, small)
-                small, gathered = [], 0
-            small.append(inside)
-            gathered += _padded(nbytes)
-    if gathered:
-        yield _Message(gathered, None, small)
-
-
 class _Ring:
     """Each member hears from the one before it and speaks to the one behind."""
 
@@ -176,10 +131,11 @@ class _Ring:
         self._behind = members[(self.place + 1) % len(members)]
         self._before = members[self.place - 1]
 
-    def agree(self, failure: ElasticError | None) -> None:
-        """Raises what went wrong here, or tells of what went wrong elsewhere, unless every member read its share."""
+    def agree(self, failure: Exception | None) -> None:
+        """Raises what went wrong here, or tells of what went wrong elsewhere, unless nothing did at any member. Raises
+        VotesLost."""
         kind = _FINE if failure is None else _CORRUPT if isinstance(failure, CorruptSnapshot) else _FAILED
-        word = bytearray(_STATUS.pack(kind, str(failure or "").encode()[:252]))
+        word = bytearray(_STATUS.pack(kind, _text(failure).encode()[:_TEXT_BYTES]))
         words = [word]
         for _ in self._members[1:]:
             heard = bytearray(_STATUS.size)
@@ -194,38 +150,41 @@ class _Ring:
                 text = f"rank {where}: {reason.rstrip(bytes(1)).decode(errors='replace')}"
                 raise CorruptSnapshot(text) if kind == _CORRUPT else PlatformError(text)
 
-    def pass_on(self, shares: Sequence[Sequence[_Message]]) -> None:
-        """Every share to every member. Raises CorruptSnapshot when one was damaged on its way, after all is done."""
+    def pass_on(self, shares: Sequence[Sequence[Job]]) -> CorruptSnapshot | None:
+        """Every share to every member. Returns what came damaged to this one, after all is done. Raises VotesLost."""
         count = len(self._members)
-        sending, receiving = _Buffer(), _Buffer()
-        digest = bytes(_DIGEST_BYTES)
-        damaged = ""
+        sending, receiving = Packer(), Packer()
+        known = b""
+        damaged: CorruptSnapshot | None = None
         for turn in range(count - 1):
-            out, into = shares[(self.place - turn) % count], shares[(self.place - turn - 1) % count]
-            sent, got = xxhash.xxh3_128(), xxhash.xxh3_128()
-            for number in range(max(len(out), len(into))):
-                leaving = out[number].ready(sending) if number < len(out) else memoryview(b"")
-                room = into[number].room(receiving) if number < len(into) else memoryview(b"")
-                self._swap(leaving, room, limits.VOTE_S)
+            leaving, coming = shares[(self.place - turn) % count], shares[(self.place - turn - 1) % count]
+            sent, got = Digest(), Digest()
+            for out, into in zip_longest(messages_of(leaving), messages_of(coming)):
+                data = sending.filled(out) if out else _NOTHING
+                room = receiving.empty(into) if into else _NOTHING
+                self._swap(data, room, limits.VOTE_S)
                 if turn == 0:
-                    sent.update(leaving)
+                    sent.update(data)
                 got.update(room)
-                if number < len(into):
-                    into[number].arrived(receiving)
+                if into:
+                    receiving.unpack(into)
             # Passed on as it was first told, so that nobody vouches for what came to it damaged.
             told = bytearray(_DIGEST_BYTES)
-            self._swap(
-                memoryview(bytearray(sent.digest() if turn == 0 else digest)), memoryview(told), limits.VOTE_S
-            )
-            digest = bytes(told)
-            if digest != got.digest():
+            self._swap(memoryview(bytearray(known or sent.digest())), memoryview(told), limits.VOTE_S)
+            known = bytes(told)
+            if known != got.digest() and damaged is None:
                 source = self._members[(self.place - turn - 1) % count]
-                damaged = damaged or f"what rank {source} read was damaged on its way here"
-        if damaged:
-            raise CorruptSnapshot(damaged, do="check the network; load again")
+                damaged = CorruptSnapshot(
+                    f"what rank {source} read was damaged on its way to rank {self._votes.rank}",
+                    do="check the network; load again",
+                )
+        return damaged
 
     def _swap(self, out: memoryview, into: memoryview, timeout_s: float) -> None:
-        try:
-            self._votes.swap(out, self._behind, into, self._before, timeout_s=timeout_s)
-        except VotesLost as error:
-            raise PlatformError(f"reading a snapshot together: {error}") from error
+        self._votes.swap(out, self._behind, into, self._before, timeout_s=timeout_s)
+
+
+def _text(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    return str(error) if isinstance(error, ElasticError) else f"{type(error).__name__}: {error}"

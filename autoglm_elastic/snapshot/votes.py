@@ -6,6 +6,7 @@ gets `VotesLost` then."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
@@ -19,7 +20,9 @@ from autoglm_elastic.ports import Votes, VotesLost
 _TAG_BASE: Final = 0x0A00
 """Keeps our tags away from those of a user who sends over the same group."""
 _TAGS_A_CHANNEL: Final = 4
-_SIZE, _DATA = 0, 1
+_SIZE, _DATA, _NEVER = 0, 1, 2
+_LEAVE_S: Final = 0.001
+"""Gloo closes a rank's connections when a wait of it takes too long: the one way to close them."""
 _TO, _FROM = "sending to", "receiving from"
 
 
@@ -43,6 +46,9 @@ class SingleVotes:
     def channel(self, number: int) -> SingleVotes:
         return self
 
+    def leave(self) -> None:
+        """Nobody waits."""
+
 
 class GroupVotes:
     """ports.Votes over a gloo process group that nothing else uses.
@@ -63,6 +69,14 @@ class GroupVotes:
 
     def channel(self, number: int) -> Votes:
         return GroupVotes(self._group, timeout_s=self._timeout_s, channel=number)
+
+    def leave(self) -> None:
+        nothing = torch.zeros(1, dtype=torch.uint8)
+        for peer in range(self.world_size):
+            if peer != self.rank:
+                with contextlib.suppress(RuntimeError, ValueError):
+                    work = self._group.recv([nothing], peer, self._tag + _NEVER)
+                    work.wait(timedelta(seconds=_LEAVE_S))
 
     def gather(self, payload: bytes) -> list[bytes] | None:
         """Rank 0 waits for the ranks in turn; the first that is lost ends it."""

@@ -71,6 +71,10 @@ class LateVotes:
     def channel(self, number: int) -> Votes:
         return self._there().channel(number)
 
+    def leave(self) -> None:
+        if self._votes is not None:
+            self._votes.leave()
+
     def _there(self) -> Votes:
         if self._votes is None:
             raise VotesLost("the ranks have not met yet")

@@ -2,8 +2,8 @@
 milliseconds.
 
 `python -m tests.snapshot.ranks` reads one JSON request a line ({"case", "world", "directory", "arguments"}),
-runs `cases.<case>(World, **arguments)` in every rank and answers with one line: each rank's exit status
-(negative for a signal) and what it returned or raised.
+runs `cases.<case>(World, **arguments)` (or `<module>.<case>`) in every rank and answers with one line: each rank's
+exit status (negative for a signal) and what it returned or raised.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def _serve() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.tensor
 
-    from tests.snapshot import cases
+    from tests.snapshot import cases, loads
 
+    modules = {"cases": cases, "loads": loads}
     torch.set_num_threads(1)
     for number, line in enumerate(sys.stdin):
         request = json.loads(line)
@@ -95,7 +96,7 @@ def _serve() -> None:
         for rank in range(request["world"]):
             pid = os.fork()
             if pid == 0:
-                _rank(cases, request, rank, scratch)
+                _rank(modules, request, rank, scratch)
             pids.append(pid)
         statuses = _wait(pids)
         print(
@@ -103,11 +104,12 @@ def _serve() -> None:
         )
 
 
-def _rank(cases: Any, request: dict[str, Any], rank: int, scratch: Path) -> None:
+def _rank(modules: dict[str, Any], request: dict[str, Any], rank: int, scratch: Path) -> None:
     status = 1
     try:
-        world = cases.World(rank, request["world"], Path(request["directory"]), scratch)
-        value = getattr(cases, request["case"])(world, **request["arguments"])
+        world = modules["cases"].World(rank, request["world"], Path(request["directory"]), scratch)
+        module, _, case = request["case"].rpartition(".")
+        value = getattr(modules[module or "cases"], case)(world, **request["arguments"])
         (scratch / f"value{rank}").write_text(json.dumps(value))
         status = 0
     except BaseException:
