@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -207,12 +208,21 @@ def fail(world: World, *, rank: int, how: str) -> Any:
             stopped = int((world.scratch / f"pid{rank}").read_text())
             os.kill(stopped, signal.SIGKILL)
         touched = any(bool(one.any()) for one in tensors_of(target))
+        if how == "kill":
+            stay_for_the_others(world, rank)
         again: Any = ""
         if how not in ("kill", "stop"):
             failing, older = False, blank(world.rank)
             manager.load(older, entry=manager.entries()[0].name, together=True)
             again = seed_of(older)
         return [type(error).__name__, str(error), took, again, touched]
+
+
+def stay_for_the_others(world: World, dead: int) -> None:
+    """So that nobody is freed by the end of another survivor's process."""
+    store = dist.FileStore(str(world.scratch / "failed"), world.size)
+    store.set(str(world.rank), "")
+    store.wait([str(rank) for rank in range(world.size) if rank != dead], timedelta(seconds=WAIT_S))
 
 
 def spoil_one_message() -> None:
