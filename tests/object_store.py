@@ -184,6 +184,19 @@ class Proxy:
             handler.connection.shutdown(socket.SHUT_RDWR)
 
 
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+
+
+def packs_read(requests: list[Request]) -> int:
+    """Bytes of packs that were asked for."""
+    ranges = [
+        _RANGE.fullmatch(request.headers.get("range", ""))
+        for request in requests
+        if request.method == "GET" and "/packs/" in request.path
+    ]
+    return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
+
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 

@@ -102,7 +102,8 @@ class Packer:
                 one.view.copy_(place)
 
     def _memory(self, message: Message) -> memoryview:
-        nbytes = sum(_padded(one.nbytes) for one in message)
+        # No padding behind the last: a part that is alone has none in the target's own memory either.
+        nbytes = sum(_padded(one.nbytes) for one in message[:-1]) + message[-1].nbytes
         if self._raw.numel() < nbytes:
             self._raw = torch.zeros(nbytes, dtype=torch.uint8)
         return memory_of(self._raw[:nbytes])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from job import SCRIPTS, Job
-from object_store import Bucket, moto_server
+from object_store import Bucket, Proxy, moto_server, packs_read
 
 from autoglm_elastic.cli.main import main as autoglm
 from autoglm_elastic.snapshot import CheckpointManager
@@ -85,6 +85,26 @@ def test_a_job_goes_on_from_the_store_in_an_empty_run_directory(
     assert last.step > newest
     assert autoglm(["ckpt", "ls", bucket.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[-1]["step"] == last.step
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["replicas", "shards"])
+def test_workers_that_begin_from_the_store_read_each_byte_once(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path, more: list[str]
+) -> None:
+    """And rank 0 once more before, which verifies the snapshot for all."""
+    size = ["--hidden=40000", *more]
+    with start(bucket, tmp_path / "first", "--steps=10", *size) as job:
+        assert job.wait() == 0, job.output()
+    with CheckpointManager(bucket.url) as manager:
+        newest = manager.newest_verified()
+    assert newest is not None
+    proxy.requests.clear()
+    with start(bucket, tmp_path / "second", "--steps=12", *size) as job:
+        assert job.wait() == 0, job.output()
+        assert job.wait_for(lambda line: "entered" in line)["entered"] == newest.step == 10
+    heads = 0.2 * newest.nbytes
+    assert 2 * newest.nbytes - heads < packs_read(proxy.requests) < 2 * newest.nbytes + heads
 
 
 @pytest.mark.long

@@ -37,7 +37,7 @@ def state(seed: int) -> dict[str, Any]:
         "half": torch.randn(300, 300, generator=random).bfloat16(),
         "columns": torch.randn(200, 500, generator=random).t(),
         "steps": [torch.randn(size, generator=random) for size in (1, 7, 1000, 3)],
-        "mask": torch.rand(5, 1001, generator=random) > 0.5,
+        "mask": torch.rand(9, 1001, generator=random) > 0.5,
         "complex": torch.randn(11, 13, generator=random, dtype=torch.complex64),
         "scalar": torch.tensor(seed),
         "none": torch.zeros(0, 4),
@@ -54,6 +54,7 @@ def blank(rank: int = 0) -> dict[str, Any]:
     if rank % 2:
         whole["large"] = torch.zeros(700, 600).t()
         whole["columns"] = torch.zeros(500, 200)
+        whole["mask"] = torch.zeros(1001, 9, dtype=torch.bool).t()
     return whole
 
 

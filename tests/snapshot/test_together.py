@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from object_store import CREDENTIALS, Bucket, Proxy, Request
+from object_store import CREDENTIALS, Bucket, Proxy, packs_read
 
 from autoglm_elastic.snapshot import CheckpointManager
 from tests.snapshot.loads import blank, seed_of, state, tensors_of
@@ -58,7 +57,11 @@ def test_large_tensors_travel_in_many_messages(ranks: Ranks, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("dims", "placements", "copies"),
-    [([2], ["0"], 1), ([2, 2], ["R", "0"], 2), ([2, 2], ["R", "1"], 2)],
+    [
+        ([2], ["0"], 1),
+        ([2, 2], ["R", "0"], 2),
+        pytest.param([2, 2], ["R", "1"], 2, marks=pytest.mark.long),
+    ],
     ids=["FSDP: nobody shares", "HSDP: two replicas", "HSDP by columns"],
 )
 def test_ranks_share_with_those_of_the_same_shard(
@@ -71,7 +74,7 @@ def test_ranks_share_with_those_of_the_same_shard(
     assert all(abs(read - wanted / copies) < SLACK for _, read, wanted in loaded)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_corrupt_chunk_fails_all_and_leaves_them_able_to_load_another(
     ranks: Ranks, tmp_path: Path, world: int
 ) -> None:
@@ -146,19 +149,9 @@ def test_a_bucket_is_read_once_for_all_replicas(
     loaded = ranks.values("loads.load", 2, tmp_path, how=None, **arguments)
     assert [seed for seed, _, _ in loaded] == [1] * 2
     assert all(counted < 0.75 * NBYTES for _, counted, _ in loaded)
-    once, headers = _downloaded(proxy.requests), 2 * (64 << 10)
+    once, headers = packs_read(proxy.requests), 2 * (64 << 10)
     assert NBYTES <= once < NBYTES + headers
     proxy.requests.clear()
     loaded = ranks.values("loads.load", 2, tmp_path, how=False, **arguments)
     assert [counted for _, counted, _ in loaded] == [NBYTES] * 2
-    assert _downloaded(proxy.requests) >= 2 * NBYTES
-
-
-def _downloaded(requests: list[Request]) -> int:
-    """Bytes of packs that were asked for."""
-    ranges = [
-        re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
-        for request in requests
-        if request.method == "GET" and "/packs/" in request.path
-    ]
-    return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
+    assert packs_read(proxy.requests) >= 2 * NBYTES
