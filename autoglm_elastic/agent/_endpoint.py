@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous.utils import (
 
 from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent._security import Security, is_loopback
-from autoglm_elastic.coordination import Credentials, StoreClient, StoreServer, etcd
+from autoglm_elastic.coordination import Credentials, StoreClient, StoreDenied, StoreServer, etcd
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
 
@@ -80,12 +80,26 @@ def attach(
 
     Raises:
         UsageError: no endpoint that can be understood, or one that belongs to something else, or to another run;
-            or `security` does not allow it.
-        StoreDenied: the store and we do not accept each other's certificates.
+            or `security` does not allow it; or the store does not let us in.
         PlatformError: nobody answers within `join_timeout_s`.
     """
-    if endpoint.startswith(ETCD):
-        return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, security, clock)
+    try:
+        if endpoint.startswith(ETCD):
+            return _attach_etcd(endpoint, run_id, join_timeout_s, local_addr, security, clock)
+        return _attach_tcp(endpoint, run_id, is_host, join_timeout_s, local_addr, security, clock)
+    except StoreDenied as error:
+        raise UsageError(error.got, do=error.do) from error  # nothing was started
+
+
+def _attach_tcp(
+    endpoint: str,
+    run_id: str,
+    is_host: bool | None,
+    join_timeout_s: float,
+    local_addr: str | None,
+    security: Security,
+    clock: Clock,
+) -> Attachment:
     host, port = _host_and_port(endpoint)
     credentials = security.credentials(host)
     if is_host is None:
@@ -136,13 +150,17 @@ def _attach_etcd(
     security.check_etcd(target)
     from autoglm_elastic.coordination.etcd.store import EtcdStore
 
-    give_up_at, timeout_s = clock.monotonic() + join_timeout_s, min(REQUEST_S_MAX, join_timeout_s)
+    began_at, timeout_s = clock.monotonic(), min(REQUEST_S_MAX, join_timeout_s)
+    tell_at = began_at
     while True:
         try:
             store = EtcdStore(target, timeout_s=timeout_s, prefix=Keys(run_id).prefix, clock=clock)
         except StoreUnavailable as error:
-            if clock.monotonic() < give_up_at:
-                log.warning("%s; trying on until %g s have passed", error, join_timeout_s)
+            now = clock.monotonic()
+            if now < began_at + join_timeout_s:
+                if now >= tell_at:
+                    tell_at = now + (now - began_at)  # twice as long until the next line each time
+                    log.warning("%s; trying on until %g s have passed", error, join_timeout_s)
                 continue
             raise PlatformError(
                 f"{error} (for {join_timeout_s:g} s)",

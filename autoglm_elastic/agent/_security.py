@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from autoglm_elastic.coordination import Credentials, TlsFiles
-from autoglm_elastic.coordination.etcd import EtcdTarget
+from autoglm_elastic.coordination.etcd import EtcdTarget, encounter
 from autoglm_elastic.errors import UsageError
 from autoglm_elastic.settings import Settings
 
@@ -51,6 +51,7 @@ class Security:
 
     def check_etcd(self, target: EtcdTarget) -> None:
         """Raises UsageError as `credentials` does."""
+        encounter.check_files(target)
         far = [host for host, _ in target.endpoints if not is_loopback(host.strip("[]"))]
         if far and not target.is_tls and not self.insecure:
             raise _without_tls(f"etcd at {far[0]}", "give ?ca=FILE&cert=FILE&key=FILE in its address")

@@ -18,7 +18,7 @@ from autoglm_elastic.agent._keys import Keys
 from autoglm_elastic.agent._notes import Note
 from autoglm_elastic.agent._security import Security, options_of
 from autoglm_elastic.agent._view import View
-from autoglm_elastic.coordination import StoreClient, etcd
+from autoglm_elastic.coordination import StoreClient, StoreDenied, etcd
 from autoglm_elastic.core.generation import Generation
 from autoglm_elastic.core.lifecycle import TaskState
 from autoglm_elastic.errors import PlatformError, UsageError
@@ -49,8 +49,8 @@ def reach(address: str, run_id: str, settings: Settings) -> StoreClient | EtcdSt
     """The store of run `run_id` at `address`, for who only reads. `settings`: `tls` and `store.insecure`.
 
     Raises:
-        UsageError: no address, the store of another run, or one off loopback without TLS.
-        StoreDenied: the store and we do not accept each other's certificates.
+        UsageError: no address, the store of another run, one off loopback without TLS, or one that does not let
+            us in.
         PlatformError: nobody answers there.
     """
     options = options_of(settings)
@@ -69,6 +69,8 @@ def reach(address: str, run_id: str, settings: Settings) -> StoreClient | EtcdSt
         host = host.strip("[]")
         credentials = security.credentials(host)
         return StoreClient(host, int(port), timeout_s=REACH_S_MAX, realm=run_id, credentials=credentials)
+    except StoreDenied as error:
+        raise UsageError(error.got, do=error.do) from error
     except StoreUnavailable as error:
         raise PlatformError(
             f"no store at {address}: {error}",

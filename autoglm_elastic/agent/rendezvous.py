@@ -73,8 +73,8 @@ class AutoglmRendezvousHandler(RendezvousHandler):
     `is_host`; for TLS `ca`, `cert`, `key`, `server_name`, or `insecure` (docs/tls.md).
 
     Raises (construction):
-        UsageError: an endpoint or option that makes no sense, or a store off loopback without TLS.
-        StoreDenied: the store and we do not accept each other's certificates.
+        UsageError: an endpoint or option that makes no sense, a store off loopback without TLS, or one that does
+            not let us in.
         PlatformError: the store cannot be hosted nor reached.
     """
 

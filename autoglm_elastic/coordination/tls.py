@@ -114,6 +114,49 @@ class Credentials:
             return self._server, self._client
 
 
+def load_ca(context: ssl.SSLContext, ca: str) -> None:
+    """Raises UsageError."""
+    try:
+        context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError) as error:
+        raise UsageError(f"tls.ca {ca}: no certificate in it", valid="a PEM file") from error
+
+
+def load_own(context: ssl.SSLContext, cert: str, key: str) -> None:
+    """Our certificate and its key. Raises UsageError."""
+    try:
+        context.load_cert_chain(cert, key, _refuse_password)
+    except _EncryptedKey:
+        raise UsageError(
+            f"tls.key {key} is encrypted", valid="a key without a password, that only its user can read"
+        ) from None
+    except (ssl.SSLError, OSError) as error:
+        if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+            raise UsageError(f"tls.key {key} is not the key of tls.cert {cert}") from error
+        raise UsageError(
+            f"tls.cert {cert} or tls.key {key}: not a certificate with its key", valid="PEM files"
+        ) from error
+
+
+def check_own(cert: str, key: str) -> None:
+    """Of a certificate whose CA is for somebody else to know: everything but that. Raises UsageError."""
+    files = TlsFiles(cert, cert, key)
+    for name, path in (("tls.cert", cert), ("tls.key", key)):
+        _check_readable(name, path)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it is its own authority here
+    _load(server, files)
+    try:
+        shown = _shake_hands(server, files, judged="client")
+    except ssl.SSLError as error:
+        raise UsageError(
+            f"tls.cert {cert} does not hold: {reason(error)}",
+            valid="a certificate for client authentication, that has not expired",
+        ) from error
+    _warn_of_the_end(files, str(shown.get("notAfter", "")))
+
+
 def reason(error: ssl.SSLError) -> str:
     """What OpenSSL found, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -186,23 +229,8 @@ def _check_readable(name: str, path: str) -> int:
 
 
 def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
-    try:
-        context.load_verify_locations(files.ca)
-    except (ssl.SSLError, OSError) as error:
-        raise UsageError(f"tls.ca {files.ca}: no certificate in it", valid="a PEM file") from error
-    try:
-        context.load_cert_chain(files.cert, files.key, _refuse_password)
-    except _EncryptedKey:
-        raise UsageError(
-            f"tls.key {files.key} is encrypted", valid="a key without a password, that only its user can read"
-        ) from None
-    except (ssl.SSLError, OSError) as error:
-        if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
-            raise UsageError(f"tls.key {files.key} is not the key of tls.cert {files.cert}") from error
-        raise UsageError(
-            f"tls.cert {files.cert} or tls.key {files.key}: not a certificate with its key",
-            valid="PEM files",
-        ) from error
+    load_ca(context, files.ca)
+    load_own(context, files.cert, files.key)
 
 
 class _EncryptedKey(Exception):

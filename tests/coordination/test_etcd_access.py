@@ -7,6 +7,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from etcd_cluster import Cluster, needs_etcd
 
 from autoglm_elastic.coordination import etcd
-from autoglm_elastic.coordination.etcd import EtcdTarget, parse
+from autoglm_elastic.coordination.etcd import EtcdTarget, encounter, parse
 from autoglm_elastic.coordination.etcd.target import PASSWORD_VARIABLE
 from autoglm_elastic.coordination.refusals import StoreDenied
 from autoglm_elastic.errors import UsageError
@@ -127,7 +128,7 @@ def test_a_user_does_what_its_role_allows_and_its_token_is_renewed(
     store.watch(PREFIX, store.txn((), ()).revision + 1, events.put)
     store.put(f"{PREFIX}a", 1, lease=lease)
     assert events.get(timeout=WAIT_S).value == 1
-    with pytest.raises(StoreDenied, match="permission denied; do: check user, password"):
+    with pytest.raises(StoreDenied, match="permission denied; do: give the user a role"):
         store.put("/other", 1)
     number, logins = 1, store.operations["Auth.Authenticate"]
     while store.operations["Auth.Authenticate"] < logins + 2:
@@ -160,7 +161,9 @@ def test_mutual_tls_lets_in_who_has_a_certificate(tmp_path: Path) -> None:
 
     authority, stranger = trustme.CA(), trustme.CA()
     files = {name: str(tmp_path / f"{name}.pem") for name in ("ca", "cert", "key", "alien", "alien_key")}
+    files["alien_ca"] = str(tmp_path / "alien_ca.pem")
     authority.cert_pem.write_to_path(files["ca"])
+    stranger.cert_pem.write_to_path(files["alien_ca"])
     for issuer, cert, key in ((authority, "cert", "key"), (stranger, "alien", "alien_key")):
         issued = issuer.issue_cert("127.0.0.1", "localhost")
         issued.private_key_pem.write_to_path(files[key])
@@ -180,10 +183,64 @@ def test_mutual_tls_lets_in_who_has_a_certificate(tmp_path: Path) -> None:
         assert entry is not None
         assert entry.value == 1
         store.close()
-        for query in (
-            "",
-            f"?ca={files['ca']}",
-            f"?ca={files['ca']}&cert={files['alien']}&key={files['alien_key']}",
+        own, alien = (
+            f"cert={files['cert']}&key={files['key']}",
+            f"cert={files['alien']}&key={files['alien_key']}",
+        )
+        for query, said in (
+            ("", "speaks TLS only; do: give ca=FILE"),
+            (f"?ca={files['ca']}", "does not accept us without a certificate: .*do: give cert=FILE"),
+            (f"?ca={files['ca']}&{alien}", "does not accept our certificate: .*of the CA that etcd trusts"),
+            (
+                f"?ca={files['alien_ca']}&{own}",
+                "that we do not accept: .*issuer certificate.*ca=FILE that it is of",
+            ),
+            (f"?ca={files['ca']}&{own}&server_name=elsewhere", "not valid for 'elsewhere'.*server_name=NAME"),
         ):
-            with pytest.raises(StoreUnavailable, match="does not answer"):
+            with pytest.raises(StoreDenied, match=said):
                 EtcdStore(parse(cluster.address + query), timeout_s=1.0)
+        cluster.kill(0)
+        with pytest.raises(StoreUnavailable, match="does not answer"):
+            EtcdStore(parse(f"{cluster.address}?ca={files['ca']}&{own}"), timeout_s=1.0)
+
+
+@needs_etcd
+def test_tls_where_etcd_has_none_is_refused(tmp_path: Path) -> None:
+    from autoglm_elastic.coordination.etcd.store import EtcdStore
+
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with Cluster(tmp_path / "etcd") as cluster:
+        with pytest.raises(StoreDenied, match="does not speak TLS; do: give its port for TLS"):
+            EtcdStore(parse(f"{cluster.address}?ca={tmp_path / 'ca.pem'}"), timeout_s=1.0)
+        (tmp_path / "password").write_text("x")
+        address = cluster.address.replace("://", "://me@") + f"?password_file={tmp_path / 'password'}"
+        with pytest.raises(StoreDenied, match=r"denies user me .*is not enabled; do: leave USER@"):
+            EtcdStore(parse(address), timeout_s=1.0)
+
+
+def test_files_that_will_not_do_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    now, files = datetime.now(UTC), {}
+    for name, days in (("good", (-1, 30)), ("old", (-9, -1)), ("early", (1, 9))):
+        start, end = (now + timedelta(days=each) for each in days)
+        issued = trustme.CA().issue_cert("localhost", not_before=start, not_after=end)
+        files[name] = (tmp_path / f"{name}.pem", tmp_path / f"{name}-key.pem")
+        issued.cert_chain_pems[0].write_to_path(files[name][0])
+        issued.private_key_pem.write_to_path(files[name][1])
+    (tmp_path / "empty.pem").touch()
+
+    def checked(cert: Path, key: Path, ca: Path | None = None) -> None:
+        encounter.check_files(parse(f"etcd://h?ca={ca or files['good'][0]}&cert={cert}&key={key}"))
+
+    checked(*files["good"])
+    for pair, said in (
+        (files["old"], "old.pem does not hold: certificate has expired; valid: .*not expired"),
+        (files["early"], "early.pem does not hold: certificate is not yet valid"),
+        ((files["good"][0], files["old"][1]), "old-key.pem is not the key of .*good.pem"),
+        ((files["good"][0], tmp_path / "none"), "etcd's key: .*none: No such file"),
+        ((files["good"][1], files["good"][1]), "not a certificate with its key"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            checked(*pair)
+    for ca, said in ((files["good"][1], "no certificate in it"), (tmp_path / "empty.pem", "has 0 bytes")):
+        with pytest.raises(UsageError, match=said):
+            checked(*files["good"], ca)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,14 @@ _OPTIONAL: Final = 1
 
 
 require()
+# Read at import: grpc would write each failed connection to our standard error; what matters of it we say ourselves.
+_VERBOSITY: Final = "GRPC_VERBOSITY"
+_is_given = _VERBOSITY in os.environ
+os.environ.setdefault(_VERBOSITY, "NONE")
 import grpc  # noqa: E402
+
+if not _is_given:
+    del os.environ[_VERBOSITY]
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # noqa: E402
 
 

@@ -37,6 +37,16 @@ _NEEDS_LEADER: Final = ("hasleader", "true")
 """A member that is cut off from the others says so instead of keeping us waiting."""
 
 
+_DENIALS: Final = (
+    ("user name is empty", "give USER@ in the address, and its password (docs/etcd.md)"),
+    ("authentication is not enabled", "leave USER@ out of the address, or enable etcd's auth"),
+    ("authentication failed", "check the user, and password_file or AUTOGLM_ETCD_PASSWORD"),
+    ("permission denied", "give the user a role that may read and write /autoglm/ (docs/etcd.md)"),
+    ("", "check user, password, certificate and the user's roles"),
+)
+"""What etcd says to whom it does not let in, and what to do; "" stands for every other word about a login."""
+
+
 class Compacted(Exception):
     """The revision that was asked for is not kept any more."""
 
@@ -119,7 +129,7 @@ class Transport:
                         f"etcd did not say what became of {name}: {why}", sent=True
                     ) from error
                 if what not in (Meaning.UNKNOWN, Meaning.ELSEWHERE):
-                    raise _refusal(what, name, error) from error
+                    raise _refusal(what, name, error, self.target) from error
             except ValueError as error:
                 # grpc's word for a channel that is closed.
                 if self.closing.is_set():
@@ -248,19 +258,14 @@ class Transport:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _refusal(what: Meaning, name: str, error: Any) -> Exception:
+def _refusal(what: Meaning, name: str, error: Any, target: EtcdTarget) -> Exception:
     text = details(error).removeprefix("etcdserver: ")
     if what is Meaning.LEASE_GONE:
         return LeaseGone(f"etcd: {text}")
     if what is Meaning.COMPACTED:
         return Compacted(text)
-    if (
-        what is Meaning.LOGIN
-        or "authentication failed" in text
-        or "user name is empty" in text
-        or "permission denied" in text
-    ):
-        return StoreDenied(
-            f"etcd denies {name}: {text}", do="check user, password, certificate and the user's roles"
-        )
+    whom = f"user {target.user}" if target.user else "us without a user"
+    for words, cure in _DENIALS:
+        if words in text or (what is Meaning.LOGIN and not words):
+            return StoreDenied(f"etcd at {target.address} denies {whom} {name}: {text}", do=cure)
     return StoreRefused(f"etcd refuses {name}: {text}")

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from autoglm_elastic.coordination.checks import check_lease, check_txn
 from autoglm_elastic.coordination.clock import SystemClock
+from autoglm_elastic.coordination.etcd import encounter
 from autoglm_elastic.coordination.etcd._leases import Leases
 from autoglm_elastic.coordination.etcd._link import Link
 from autoglm_elastic.coordination.etcd._package import etcdrpc, transactions, utils
@@ -66,7 +67,7 @@ class EtcdStore:
 
     Raises:
         StoreUnavailable: no member answers.
-        StoreDenied: wrong user or password.
+        StoreDenied: wrong user, password or role; or etcd and we do not accept each other's certificates.
         UsageError: a TLS or password file that cannot be read.
     """
 
@@ -96,6 +97,9 @@ class EtcdStore:
             self._leases.learn_members()
             if self._job_lease:
                 self._grant_job_lease()
+        except StoreUnavailable as error:
+            self._transport.close()
+            raise encounter.denial(target) or error from error
         except BaseException:
             self._transport.close()
             raise
