@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
+from urllib.parse import quote
 
 from torch.distributed import run as torchrun
 from torch.distributed.argparse_util import check_env, env
@@ -29,6 +30,9 @@ LOCAL_ENDPOINT: Final = "localhost:0"
 
 RUN_ID_UNSET: Final = "none"
 """torch's default for `--rdzv-id`, which cannot be told from a user's own."""
+
+RUN_ID_BYTES_MAX: Final = 200
+"""Quoted, as it stands in keys. A file's name has room for 255 with what torch adds."""
 
 _OUR_FLAGS: Final = "autoglm"
 
@@ -128,6 +132,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
     run_id_given = None if args.standalone or args.rdzv_id == RUN_ID_UNSET else str(args.rdzv_id)
     if not args.print_config:
         _check_script(args, environ)
+    _check_run_id(args)
     _check_fresh(args)
     _check_variables(args, environ)
     _settle_rendezvous(args)
@@ -203,6 +208,16 @@ def _check_script(args: argparse.Namespace, environ: Mapping[str, str]) -> None:
         raise UsageError(f"can't open script {script}: no such file (in {os.getcwd()})")
 
 
+def _check_run_id(args: argparse.Namespace) -> None:
+    run_id = str(args.rdzv_id)
+    if "/" in run_id or not run_id.isprintable() or len(quote(run_id)) > RUN_ID_BYTES_MAX:
+        shown = run_id if len(run_id) <= RUN_ID_BYTES_MAX else f"{run_id[:40]}… of {len(run_id)} characters"
+        raise UsageError(
+            f"--rdzv-id {shown}",
+            valid=f"at most {RUN_ID_BYTES_MAX} letters, digits and the like, without a slash: it names files",
+        )
+
+
 def _check_fresh(args: argparse.Namespace) -> None:
     if args.fresh and args.run_dir is None:
         raise UsageError("--fresh without a run directory", do="give --run-dir too")
@@ -267,7 +282,7 @@ def _apply_store(args: argparse.Namespace) -> None:
 def _etcd_address(args: argparse.Namespace) -> str:
     etcd.require()
     etcd.parse(args.store)
-    if args.rdzv_id == RUN_ID_UNSET and not args.print_config:
+    if args.rdzv_id in (RUN_ID_UNSET, "") and not args.print_config:
         raise UsageError(
             "a store that other jobs use, and no name for this one",
             do="give --rdzv-id, the same to every agent of the job and to no other",

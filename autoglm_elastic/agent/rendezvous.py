@@ -14,7 +14,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed import Store as C10dStore  # type: ignore[attr-defined]
@@ -31,13 +31,13 @@ from torch.distributed.elastic.rendezvous import (
 from autoglm_elastic.agent import _etcd_options
 from autoglm_elastic.agent._endpoint import attach
 from autoglm_elastic.agent._keys import Keys
+from autoglm_elastic.agent._rdzv_conf import check_names, number_of
 from autoglm_elastic.agent._security import Security
 from autoglm_elastic.agent._sweep import sweep
 from autoglm_elastic.agent.session import NodeSession, NotJoined, RunClosed, Superseded, WaitTimeout
 from autoglm_elastic.coordination import StoreRefused, SystemClock
-from autoglm_elastic.coordination.limits import RECONNECT_S_MAX
+from autoglm_elastic.coordination.limits import LEASE_S_MAX, LEASE_S_MIN, RECONNECT_S_MAX
 from autoglm_elastic.core.membership import Failure, Generation, Policy
-from autoglm_elastic.errors import UsageError
 from autoglm_elastic.ports import Clock, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -81,20 +81,21 @@ class AutoglmRendezvousHandler(RendezvousHandler):
     def __init__(self, params: RendezvousParameters, *, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._run_id, self._backend = params.run_id, params.backend
-        self._join_timeout_s = _number(params, "join_timeout", _number(params, "timeout", JOIN_TIMEOUT_S))
+        check_names(params.config)
+        self._join_timeout_s = number_of(params, "join_timeout", number_of(params, "timeout", JOIN_TIMEOUT_S))
         policy = Policy(
             nodes_min=params.min_nodes,
             nodes_max=params.max_nodes,
-            max_restarts=int(_number(params, "max_restarts", RESTARTS_UNLIMITED)),
-            join_window_s=_number(params, "join_window_s", JOIN_WINDOW_S),
+            max_restarts=int(number_of(params, "max_restarts", RESTARTS_UNLIMITED)),
+            join_window_s=number_of(params, "join_window_s", JOIN_WINDOW_S),
             join_timeout_s=self._join_timeout_s,
-            progress_s=_number(params, "progress_s", PROGRESS_S),
-            max_failures=int(_number(params, "max_failures", 0)),
+            progress_s=number_of(params, "progress_s", PROGRESS_S),
+            max_failures=int(number_of(params, "max_failures", 0)),
         )
         node = str(params.get("node") or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}")
-        nproc, role = int(_number(params, "nproc", 1)), str(params.get("role") or "default")
-        lease_s = _number(params, "lease_s", LEASE_S)
-        first_generation = int(_number(params, "first_generation", 1))
+        nproc, role = int(number_of(params, "nproc", 1)), str(params.get("role") or "default")
+        lease_s = number_of(params, "lease_s", LEASE_S, LEASE_S_MIN, LEASE_S_MAX)
+        first_generation = int(number_of(params, "first_generation", 1))
         self._attachment = attach(
             _etcd_options.endpoint_of(params, is_etcd=params.backend == ETCD_BACKEND),
             run_id=params.run_id,
@@ -312,16 +313,3 @@ class AutoglmRendezvousHandler(RendezvousHandler):
 def torchrun_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """Entry point of the group `torchrun.handlers`."""
     return AutoglmRendezvousHandler
-
-
-def _number(params: RendezvousParameters, name: str, default: float) -> float:
-    value: Any = params.get(name)
-    if value is None:
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise UsageError(f"--rdzv-conf {name}={value!r}", valid="a number, 0 or more")
-    return number

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import run as torchrun
 
 from autoglm_elastic.agent import flags
-from autoglm_elastic.errors import ExitCode, UsageError
+from autoglm_elastic.errors import ExitCode, UsageError, in_one_line
 
 SCRIPT = __file__
 
@@ -67,6 +67,7 @@ def test_a_rendezvous_that_is_named_is_honoured(argv: tuple[str, ...], expected:
 
 def test_the_run_id_is_the_users_when_given() -> None:
     assert parse("--rdzv-id=job7").run_id_given == "job7"
+    assert parse("--rdzv-id=Jöb 7 ☃").run_id_given == "Jöb 7 ☃"
     assert parse().run_id_given is None
     assert parse("--standalone", "--rdzv-id=job7").run_id_given is None  # as torchrun: ignored
 
@@ -80,6 +81,11 @@ def test_the_run_id_is_the_users_when_given() -> None:
         (("--nnodes=3:1",), "--nnodes 3:1; valid"),
         (("--nnodes=a",), "--nnodes a; valid"),
         (("--store=etcd://h:1",), "no name for this one; do: give --rdzv-id"),
+        (("--store=etcd://h:1", "--rdzv-id="), "no name for this one; do: give --rdzv-id"),
+        (("--rdzv-id=a/../b",), "--rdzv-id a/../b; valid: at most 200 .*without a slash"),
+        (("--rdzv-id=a\nb",), "valid: at most 200"),
+        (("--rdzv-id=" + 300 * "r",), "rrr… of 300 characters; valid: at most 200"),
+        (("--rdzv-id=" + 40 * "ö",), "valid: at most 200"),
         (("--store=etcd://u:secret@h:1", "--rdzv-id=j"), "a password in the address of etcd"),
         (("--store=etcd://h:1,h:99999", "--rdzv-id=j"), "'h:99999' in .*valid: etcd://"),
         (("--store=etcd://h:1?cafile=x", "--rdzv-id=j"), "cafile=x in .*valid: etcd://"),
@@ -102,7 +108,7 @@ def test_the_run_id_is_the_users_when_given() -> None:
 def test_a_bad_command_line_is_refused_in_one_line(argv: tuple[str, ...], said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         parse(*argv)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in in_one_line(caught.value)
     assert caught.value.exit_code == ExitCode.USAGE
 
 
