@@ -4,13 +4,14 @@ directory. Real processes, real kills, a real S3 server."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from job import SCRIPTS, Job
-from object_store import Bucket, Proxy, moto_server, packs_read
+from object_store import Bucket, Fault, Proxy, Request, moto_server, packs_read
 
 from autoglm_elastic.cli.main import main as autoglm
 from autoglm_elastic.snapshot import CheckpointManager
@@ -39,6 +40,11 @@ def start(bucket: Bucket, run_dir: Path, *arguments: str) -> Job:
 def events(run_dir: Path, name: str) -> list[dict[str, object]]:
     lines = (run_dir / "events.jsonl").read_text().splitlines()
     return [record["fields"] for record in map(json.loads, lines) if record["name"] == name]
+
+
+def digests(job: Job) -> dict[int, str]:
+    """Of the model at the end, by rank."""
+    return {line["rank"]: line["digest"] for line in job.reports if "digest" in line}
 
 
 def wait_for_snapshot(job: Job, run_dir: Path, generation: int) -> int:
@@ -96,15 +102,49 @@ def test_workers_that_begin_from_the_store_read_each_byte_once(
     size = ["--hidden=40000", *more]
     with start(bucket, tmp_path / "first", "--steps=10", *size) as job:
         assert job.wait() == 0, job.output()
+        trained = digests(job)
     with CheckpointManager(bucket.url) as manager:
         newest = manager.newest_verified()
     assert newest is not None
     proxy.requests.clear()
-    with start(bucket, tmp_path / "second", "--steps=12", *size) as job:
+    with start(bucket, tmp_path / "second", "--steps=10", *size) as job:
         assert job.wait() == 0, job.output()
         assert job.wait_for(lambda line: "entered" in line)["entered"] == newest.step == 10
+        assert digests(job) == trained, "nothing was left to train: this is what was loaded"
     heads = 0.2 * newest.nbytes
     assert 2 * newest.nbytes - heads < packs_read(proxy.requests) < 2 * newest.nbytes + heads
+
+
+@pytest.mark.long
+def test_a_worker_that_dies_while_all_read_together_is_replaced(
+    bucket: Bucket, proxy: Proxy, tmp_path: Path
+) -> None:
+    second, size = tmp_path / "second", "--hidden=400000"
+    with start(bucket, tmp_path / "first", "--steps=5", size) as job:
+        assert job.wait() == 0, job.output()
+        trained = digests(job)
+    with CheckpointManager(bucket.url) as manager:
+        newest = manager.newest()
+    assert newest is not None
+    proxy.requests.clear()
+
+    def verified(request: Request) -> bool:
+        """Rank 0 has verified everything: what is asked for now is a share."""
+        if "/packs/" not in request.path or packs_read(list(proxy.requests)) < 1.2 * newest.nbytes:
+            return False
+        last = next(fields for fields in reversed(events(second, "worker.started")) if fields["rank"] == 1)
+        os.kill(int(str(last["pid"])), signal.SIGKILL)
+        return True
+
+    kill = Fault(verified)
+    proxy.faults = [kill]
+    with start(bucket, second, "--steps=5", size) as job:
+        assert job.wait() == 0, job.output()
+        entered = [line["entered"] for line in job.reports if "entered" in line]
+    assert kill.seen.is_set()
+    assert {*entered} == {newest.step}
+    assert digests(job) == trained
+    assert [fields["rank"] for fields in events(second, "worker.died")] == [1], "nobody went down with it"
 
 
 @pytest.mark.long
