@@ -197,6 +197,9 @@ class StreamBlobs(Blobs, Protocol):
 class AgingBlobs(StreamBlobs, Protocol):
     """Blobs whose age can be told, by the clock of whoever stores them: what garbage collection needs."""
 
+    def now(self) -> float:
+        """That clock: seconds; a blob that is written afterwards is not older."""
+
     def ages(self, prefix: str) -> dict[str, float]:
         """The names that `list` gives, with the seconds since each was written last."""
 

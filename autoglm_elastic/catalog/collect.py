@@ -12,19 +12,22 @@ Removals are ordered so that a crash between any two leaves every entry that rem
 manifest before its record in `retired/`. A tag or a rollback that wins a race against the collection brings a retired
 entry back in the next pass, long before its packs are touched.
 
+A snapshot that lacks a pack or its manifest (somebody who was stopped for longer than a prepare may take has put its
+entry all the same, and died before he took it back) is no reason to give up another one: it counts for nothing here.
+
 What cannot be read stops the collection: nobody knows what it would have reached."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import limits, prepared
 from autoglm_elastic.catalog.failpoints import Failpoints, none
-from autoglm_elastic.catalog.index import Catalog
+from autoglm_elastic.catalog.index import Catalog, facts
 from autoglm_elastic.catalog.inventory import Inventory
 from autoglm_elastic.core import lineage
 from autoglm_elastic.core.lineage import EntryFact
@@ -98,34 +101,39 @@ class Collector:
         damaged."""
         done = Collected()
         candidates = self._blobs.ages(fmt.PACK_DIR) | self._blobs.ages(fmt.MANIFEST_DIR)
-        self._retire(done, dry_run)
+        self._retire(done, candidates, dry_run)
         self._remove(done, candidates, dry_run)
         if not dry_run:
             done.leftovers = self._settle() + self._blobs.sweep(self._age_s)
         return done
 
     def _settle(self) -> int:
-        """Removes the records of prepares (catalog/prepared.py) that mean nothing any more: committed, fenced, or older
-        than the newest snapshot. How many snapshots had some."""
+        """Removes the records of prepares (catalog/prepared.py) that mean nothing any more: committed, fenced, older
+        than the newest snapshot, or too old to be committed. How many snapshots had some."""
         there = prepared.entries(self._blobs)
         if not there:
             return 0
+        ages = self._blobs.ages(prepared.PREPARED_DIR)
         found = Inventory(self._blobs, self._catalog)
         newest = found.entries[found.head].step if found.head is not None else -1
         settled = 0
         for snapshot in there:
             fact = EntryFact(snapshot.entry, snapshot.step, snapshot.generation)
             fenced = bool(found.records) and not lineage.in_lineage(fact, found.records)
-            if snapshot.entry in found.entries or fenced or snapshot.step <= newest:
+            prefix = f"{prepared.directory(snapshot.entry)}/"
+            youngest = min((age for name, age in ages.items() if name.startswith(prefix)), default=0.0)
+            late = youngest >= max(self._age_s, limits.PREPARE_S_MAX)
+            if snapshot.entry in found.entries or fenced or snapshot.step <= newest or late:
                 prepared.remove(self._blobs, snapshot.entry)
                 self._failpoint("record_removed")
                 settled += 1
         return settled
 
-    def _retire(self, done: Collected, dry_run: bool) -> None:
+    def _retire(self, done: Collected, there: Container[str], dry_run: bool) -> None:
         found = Inventory(self._blobs, self._catalog)
         known = self._retired()
-        done.kept = self._kept(found)
+        lacking = self._lacking(found.entries, there)
+        done.kept = self._kept(found, lacking)
         given_up = [name for name in found.entries if name not in done.kept]
         done.more = len(given_up) > limits.RETIRED_MAX
         given_up = given_up[: limits.RETIRED_MAX]
@@ -139,8 +147,12 @@ class Collector:
             self._failpoint("retired_put")
         # Again, now that whoever comes later finds them retired: a tag or a new lineage may name one of them.
         protected = (
-            self._protected(Inventory(self._blobs, self._catalog)) if given_up or known else frozenset()
+            self._protected(Inventory(self._blobs, self._catalog), lacking)
+            if given_up or known
+            else frozenset()
         )
+        if not set(found.line) - set(lacking):
+            protected |= self._last_resort(found, known, there)
         for name in given_up:
             if name in protected:
                 self._blobs.delete(retired_path(name))
@@ -159,8 +171,40 @@ class Collector:
         self._failpoint("entry_restored")
         self._blobs.delete(retired_path(name))
 
-    def _kept(self, found: Inventory) -> dict[str, str]:
-        facts = [
+    def _last_resort(
+        self, found: Inventory, known: Mapping[str, fmt.CatalogEntry], there: Container[str]
+    ) -> frozenset[str]:
+        """Of the retired ones the newest of the lineage that lacks nothing: what it was given up for was taken back, or
+        is damaged."""
+        lacking = self._lacking(known, there)
+        line = lineage.candidates(facts(known.values()), found.records)
+        return frozenset([fact.name for fact in line if fact.name not in lacking][:1])
+
+    def _lacking(self, entries: Mapping[str, fmt.CatalogEntry], there: Container[str]) -> dict[str, str]:
+        """Entries of which something is missing, or the manifest is damaged: name → what. `there`: files of a moment
+        ago."""
+        lacking: dict[str, str] = {}
+        for name, entry in entries.items():
+            try:
+                ((manifest, packs),) = self._reach_of(entry).items()
+            except CorruptSnapshot as error:
+                lacking[name] = str(error)
+                continue
+            for path in sorted({manifest, *packs}):
+                if path not in there and not self._is_there(path):
+                    lacking[name] = f"{path} is missing"
+                    break
+        return lacking
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            self._blobs.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _kept(self, found: Inventory, lacking: Mapping[str, str]) -> dict[str, str]:
+        mine = [
             Kept(
                 name=entry.name,
                 step=entry.step,
@@ -171,15 +215,17 @@ class Collector:
                 metrics=entry.metrics,
             )
             for entry in found.entries.values()
+            if entry.name not in lacking
         ]
-        kept = reasons(self._policy, facts, self._wall())
-        for name in self._protected(found) & set(found.entries):
+        kept = reasons(self._policy, mine, self._wall())
+        for name in self._protected(found, lacking) & set(found.entries):
             kept.setdefault(name, "the lineage begins there")
-        return kept
+        return {**kept, **lacking}
 
-    def _protected(self, found: Inventory) -> frozenset[str]:
-        """What is never given up, whether it is in the catalog or retired: tagged, HEAD, resumed from last."""
-        named = {*found.tags.values(), found.head}
+    def _protected(self, found: Inventory, lacking: Container[str]) -> frozenset[str]:
+        """What is never given up, whether it is in the catalog or retired: tagged, the newest that lacks nothing,
+        resumed from last."""
+        named = {*found.tags.values(), next((name for name in found.line if name not in lacking), None)}
         if found.records:
             named.add(found.records[-1].resumed_entry)
         return frozenset(name for name in named if name is not None)

@@ -14,11 +14,12 @@ from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.index import Catalog
-from autoglm_elastic.catalog.merge import merge
+from autoglm_elastic.catalog.merge import earliest, merge
+from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError
-from autoglm_elastic.ports import Outcome, StreamBlobs
+from autoglm_elastic.ports import AgingBlobs, Outcome, StreamBlobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Decide:
         self._tell, self._failpoint, self._wall = announce, failpoint, wall
         self._structures: Mapping[str, fmt.Structure] = {}
         self._entry: fmt.CatalogEntry | None = None
+        self._since: float | None = None
         self._detail = ""
         self.nbytes = 0
         """Of the whole snapshot, once the manifest is made."""
@@ -90,14 +92,17 @@ class Decide:
             case core.WriteManifest():
                 outcome = self._write_manifest(effect.payloads)
                 self._failpoint("manifest_written")
-                return core.ManifestWritten(self._snapshot, outcome)
+                return core.ManifestWritten(self._snapshot, outcome, self._late())
             case core.PutEntry():
+                self._failpoint("entry_due")
                 outcome = self._put_entry()
                 self._failpoint("entry_put")
-                return core.EntryPut(self._snapshot, outcome)
+                return core.EntryPut(self._snapshot, outcome, self._late())
             case core.ReadEntry():
                 present = None if self._entry is None else self._catalog.entry_present(self._entry)
-                return core.EntryRead(self._snapshot, present)
+                return core.EntryRead(self._snapshot, present, self._late())
+            case core.TakeBack():
+                self._take_back()
             case core.MoveHints():
                 moved = self._catalog.move_hints()
                 self._failpoint("hints_moved")
@@ -158,13 +163,27 @@ class Decide:
             tags=request.tags,
             config_digest=request.config_digest,
         )
-        self._entry = fmt.sealed(entry)
+        self._entry, self._since = fmt.sealed(entry), earliest(prepared)
         entry_nbytes = len(fmt.encode(self._entry))
         if entry_nbytes > limits.ENTRY_BYTES_MAX:
             raise CorruptSnapshot(
                 f"metrics and tags of {entry_nbytes} bytes", valid=f"{limits.ENTRY_BYTES_MAX}"
             )
         return data
+
+    def _late(self) -> bool | None:
+        """Whether the packs may be collected by now as if nobody ever wanted them; None when that cannot be told."""
+        if self._since is None or not isinstance(self._blobs, AgingBlobs):
+            return False
+        try:
+            return self._blobs.now() - self._since >= limits.COMMIT_S_MAX
+        except ElasticError as error:
+            self._detail = str(error)
+            return None
+
+    def _take_back(self) -> None:
+        if self._entry is not None and self._catalog.entry_present(self._entry):
+            remove(self._blobs, [fmt.entry_path(self._entry.name)])
 
     def _put_entry(self) -> Outcome:
         if self._entry is None:

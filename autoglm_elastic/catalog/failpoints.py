@@ -21,6 +21,7 @@ POINTS: Final = (
     "votes_gathered",
     "prepared_put",
     "manifest_written",
+    "entry_due",
     "entry_put",
     "announced",
     "hints_moved",

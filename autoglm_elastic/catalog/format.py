@@ -85,11 +85,13 @@ class Structure(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 class Prepared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one rank contributes, in a size that does not depend on the number of tensors. `structure`: digest
-    of its Structure without the values in the tree. `cover`: see cover()."""
+    of its Structure without the values in the tree. `cover`: see cover(). `since`: no pack was durable before, in
+    seconds of the storage's clock (ports.AgingBlobs.now); None without packs, or where the storage has no clock."""
 
     packs: tuple[Pack, ...]
     structure: str
     cover: int
+    since: float | None = None
 
 
 class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

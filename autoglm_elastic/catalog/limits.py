@@ -52,9 +52,13 @@ VOTE_S: Final = 600.0
 """How long a rank waits for another's vote: covers the slowest rank's writing, not a network round trip."""
 VOTE_BYTES_MAX: Final = 256 << 20
 """One vote: the chunk table of one rank."""
+COMMIT_S_MAX: Final = 3000.0
+"""From before a snapshot's first durable pack to its catalog entry, by the storage's clock; far above VOTE_S. What is
+older is not committed (catalog/decide.py)."""
 PREPARE_S_MAX: Final = 3600.0
-"""From a snapshot's first durable pack to its catalog entry: far above VOTE_S. Garbage collection relies on it: a
-collection with a shorter grace needs the directory for itself."""
+"""Garbage collection takes a file that nothing reaches no earlier than this. Above COMMIT_S_MAX by more than the clocks
+of hosts may differ where files get their times from these; a collection that waits for less needs the directory for
+itself."""
 GRACE_S: Final = 7200.0
 """What nothing reaches is removed this long after it was written, and the packs of a snapshot this long after its
 entry: longer than a prepare or a load may take."""

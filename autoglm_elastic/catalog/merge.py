@@ -6,7 +6,7 @@ the same structure send it once."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autoglm_elastic.catalog import format as fmt
@@ -26,6 +26,11 @@ def representatives(prepared: Sequence[fmt.Prepared]) -> list[int]:
     for rank, one in enumerate(prepared):
         first.setdefault(one.structure, rank)
     return sorted(first.values())
+
+
+def earliest(prepared: Iterable[fmt.Prepared]) -> float | None:
+    """The `since` of them all together."""
+    return min((one.since for one in prepared if one.since is not None), default=None)
 
 
 def merge(

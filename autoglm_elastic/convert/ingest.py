@@ -23,7 +23,7 @@ from autoglm_elastic.convert._select import OnBytes
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
 from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.errors import ElasticError, PlatformError
-from autoglm_elastic.ports import Outcome, StreamBlobs
+from autoglm_elastic.ports import AgingBlobs, Outcome, StreamBlobs
 from autoglm_elastic.snapshot.boxes import part, split
 from autoglm_elastic.snapshot.dtypes import versions
 from autoglm_elastic.snapshot.stage import memory_of
@@ -69,6 +69,7 @@ def ingest(
     snapshot = Snapshot(step, next_generation(catalog))
     written: list[fmt.Pack] = []
     try:
+        since = blobs.now() if isinstance(blobs, AgingBlobs) else None
         parts = list(_parts(source))
         plans = [plan for group in _groups(parts) for plan in packs.plan_packs(group)]
         with ThreadPoolExecutor(limits.READ_THREADS_MAX, thread_name_prefix="autoglm-import") as pool:
@@ -76,7 +77,7 @@ def ingest(
                 written.append(pack)
         cover = fmt.cover((one.name, fmt.elements(one.box[1])) for one in parts)
         digest = structure_digest(source.structure)
-        prepared = fmt.Prepared(packs=tuple(written), structure=digest, cover=cover)
+        prepared = fmt.Prepared(packs=tuple(written), structure=digest, cover=cover, since=since)
         _commit(blobs, catalog, snapshot, prepared, source, tuple(tags), wall)
     except BaseException:
         if snapshot.entry not in catalog.names():

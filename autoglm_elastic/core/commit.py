@@ -9,6 +9,11 @@ happened.
 still be on its way: only an entry that was never asked for is announced as aborted. What cannot be settled is
 announced as `UNKNOWN`, and the participants keep their packs.
 
+Packs may be collected once a prepare has become too old (the caller's bound and clock). So a prepare that is too old
+when the manifest is durable is aborted; and since the caller may be stopped between that look and the put, it looks
+again when the entry is known to be there. One that came too late is taken back. What was asked for is announced as
+`UNKNOWN` then, too.
+
 The caller feeds `Timeout` after a bound of its own in every phase; no phase waits for ever. Every event and
 effect names its snapshot; one that names another is ignored.
 """
@@ -24,6 +29,8 @@ from autoglm_elastic.core.outcome import Outcome
 
 SETTLE_ATTEMPTS_MAX: Final = 3
 """How often an entry is put, or read, until its fate is called unknown."""
+TOO_OLD: Final = "its first pack was durable too long ago: garbage collection may have taken it"
+NO_AGE: Final = "it could not be told how long ago its first pack was durable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +105,31 @@ class VoteFrom:
 
 @dataclass(frozen=True, slots=True)
 class ManifestWritten:
-    """CONFLICT: a manifest of this name is there; names are digests, so it is the same one."""
+    """CONFLICT: a manifest of this name is there; names are digests, so it is the same one. `late`: the prepare is too
+    old by now. None: that cannot be told."""
 
     snapshot: Snapshot
     outcome: Outcome
+    late: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
 class EntryPut:
+    """`late`: as of ManifestWritten, found out after the put; counts for OK only."""
+
     snapshot: Snapshot
     outcome: Outcome
+    late: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
 class EntryRead:
-    """`present`: the entry is there and names our manifest. None: it could not be read."""
+    """`present`: the entry is there and names our manifest. None: it could not be read. `late`: as of ManifestWritten,
+    found out after the reading; counts when it is present only."""
 
     snapshot: Snapshot
     present: bool | None
+    late: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +202,13 @@ class ReadEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBack:
+    """The entry came too late: remove it, if it is ours. A failure changes nothing; no answer is expected."""
+
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
 class MoveHints:
     """HEAD and `latest`; answer `HintsMoved`. A failure changes nothing."""
 
@@ -206,7 +227,7 @@ ParticipantEffect = Stage | WritePacks | SendVote | Discard | Release
 CoordinatorEvent = (
     Trigger | VoteFrom | PeerLost | ManifestWritten | EntryPut | EntryRead | HintsMoved | Timeout
 )  # fmt: skip
-CoordinatorEffect = WriteManifest | PutEntry | ReadEntry | MoveHints | Announce
+CoordinatorEffect = WriteManifest | PutEntry | ReadEntry | TakeBack | MoveHints | Announce
 
 
 class ParticipantPhase(enum.Enum):
@@ -304,13 +325,15 @@ class Coordinator:
             case ManifestWritten(), CoordinatorPhase.MANIFEST:
                 if event.outcome is Outcome.UNKNOWN:
                     return self._announce(Verdict.ABORT, "the manifest was not confirmed to be durable")
+                if event.late is not False:
+                    return self._announce(Verdict.ABORT, TOO_OLD if event.late else NO_AGE)
                 return self._put(self.snapshot)
             case EntryPut(outcome=Outcome.OK), CoordinatorPhase.PUTTING:
-                return self._committed(self.snapshot)
+                return self._there(self.snapshot, event.late)
             case EntryPut(), CoordinatorPhase.PUTTING:
                 return self._read(self.snapshot, conflict=event.outcome is Outcome.CONFLICT)
             case EntryRead(present=True), CoordinatorPhase.READING:
-                return self._committed(self.snapshot)
+                return self._there(self.snapshot, event.late)
             case EntryRead(present=False), CoordinatorPhase.READING:
                 return self._put(self.snapshot)
             case EntryRead(), CoordinatorPhase.READING:
@@ -356,7 +379,13 @@ class Coordinator:
             (ReadEntry(snapshot),),
         )
 
-    def _committed(self, snapshot: Snapshot) -> tuple[Coordinator, tuple[CoordinatorEffect, ...]]:
+    def _there(
+        self, snapshot: Snapshot, late: bool | None
+    ) -> tuple[Coordinator, tuple[CoordinatorEffect, ...]]:
+        if late is None:
+            return self._announce(Verdict.UNKNOWN, NO_AGE)
+        if late:
+            return self._idle(), (TakeBack(snapshot), Announce(snapshot, Verdict.UNKNOWN, TOO_OLD))
         hints = replace(self, phase=CoordinatorPhase.HINTS)
         return hints, (Announce(snapshot, Verdict.COMMIT), MoveHints(snapshot))
 

@@ -23,6 +23,8 @@ class Pending:
         self._done = threading.Event()
         self._packs: tuple[Pack, ...] = ()
         self._error: ElasticError | None = None
+        self.since: float | None = None
+        """As in fmt.Prepared, once the packs are durable."""
 
     def done(self) -> bool:
         return self._done.is_set()
@@ -35,6 +37,8 @@ class Pending:
             raise self._error
         return self._packs
 
-    def settle(self, packs: tuple[Pack, ...], error: ElasticError | None = None) -> None:
-        self._packs, self._error = packs, error
+    def settle(
+        self, packs: tuple[Pack, ...], error: ElasticError | None = None, since: float | None = None
+    ) -> None:
+        self._packs, self._error, self.since = packs, error, since
         self._done.set()

@@ -326,7 +326,7 @@ class Keeper:
             case messages.Refused():
                 self._answer(messages.Allocated, message.number, message)
             case messages.Wrote():
-                self._wrote(message.number, message.packs, None)
+                self._wrote(message.number, message.packs, None, message.since)
             case messages.Failed():
                 self._wrote(message.number, (), PlatformError(message.reason))
             case messages.Told():
@@ -351,12 +351,14 @@ class Keeper:
             os.close(fds.pop(0))
             self._say(messages.Free(number))
 
-    def _wrote(self, number: int, packs: tuple[Pack, ...], error: ElasticError | None) -> None:
+    def _wrote(
+        self, number: int, packs: tuple[Pack, ...], error: ElasticError | None, since: float | None = None
+    ) -> None:
         with self._lock:
             job = self._jobs.get(number)
             if job is None:
                 return
-            job.pending.settle(packs, error)
+            job.pending.settle(packs, error, since)
             if error is not None:
                 job.decided = True
             self._release(number)

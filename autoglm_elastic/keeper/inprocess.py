@@ -144,7 +144,7 @@ class InProcess:
         with self._changed:
             job.result = result
             error = PlatformError(result.reason) if result.reason else None
-            job.pending.settle(result.packs, error)
+            job.pending.settle(result.packs, error, result.since)
             self._advance(job)
 
     def _advance(self, job: _Job) -> None:
@@ -181,7 +181,7 @@ class InProcess:
             job.job.snapshot,
             job.rank,
             job.world_size,
-            msgspec.structs.replace(prepared, packs=result.packs),
+            msgspec.structs.replace(prepared, packs=result.packs, since=result.since),
             fmt.decode(job.job.details, records.Details, f"the details of {where}"),
         )
 

@@ -133,7 +133,7 @@ class Jobs:
             if result.reason:
                 self._answer(job.owner, messages.Failed(job.number, result.reason))
             else:
-                self._answer(job.owner, messages.Wrote(job.number, result.packs))
+                self._answer(job.owner, messages.Wrote(job.number, result.packs, result.since))
         elif result.reason:
             self._tell_fate(job, Fate.ABORTED, result.reason)
         self._advance(job)
@@ -166,9 +166,9 @@ class Jobs:
         """In a thread: the snapshot is finished without its rank."""
         fate, reason = Fate.WAITING, ""
         try:
-            packs = () if job.result is None else job.result.packs
+            result = job.result or Result()
             details = fmt.decode(job.details, records.Details, f"the details of rank {job.rank}")
-            prepared = msgspec.structs.replace(job.prepared, packs=packs)
+            prepared = msgspec.structs.replace(job.prepared, packs=result.packs, since=result.since)
             fate, reason = self._finisher.finish(job.snapshot, job.rank, job.world_size, prepared, details)
         except BaseException as error:  # noqa: BLE001 - told; the snapshot does not happen
             reason = one_line(error)

@@ -19,7 +19,7 @@ from autoglm_elastic.catalog import limits
 from autoglm_elastic.catalog.format import Pack
 from autoglm_elastic.errors import ElasticError, PlatformError
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Keepers and clients of different numbers do not talk."""
 JSON_BYTES_MAX: Final = 64 << 10
 """One message without its raw bytes: a handful of numbers and names."""
@@ -104,10 +104,11 @@ class Write(Message, frozen=True, tag="write"):
 
 
 class Wrote(Message, frozen=True, tag="wrote"):
-    """All packs of job `number` are durable under their names."""
+    """All packs of job `number` are durable under their names; `since`: as in fmt.Prepared."""
 
     number: int
     packs: tuple[Pack, ...]
+    since: float | None = None
 
 
 class Failed(Message, frozen=True, tag="failed"):

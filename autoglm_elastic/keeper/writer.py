@@ -22,7 +22,7 @@ from autoglm_elastic.catalog.removal import remove
 from autoglm_elastic.errors import ElasticError, PlatformError
 from autoglm_elastic.keeper.job import Layout, PackImage
 from autoglm_elastic.keeper.messages import one_line
-from autoglm_elastic.ports import StreamBlobs
+from autoglm_elastic.ports import AgingBlobs, StreamBlobs
 from autoglm_elastic.storage import SyncFailed
 
 FILES_IN_FLIGHT: Final = 4
@@ -45,10 +45,11 @@ class Abandoned(ElasticError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`reason`: "" when every pack is durable."""
+    """`reason`: "" when every pack is durable. `since`: as in fmt.Prepared."""
 
     packs: tuple[Pack, ...] = ()
     reason: str = ""
+    since: float | None = None
 
     @property
     def names(self) -> list[str]:
@@ -69,6 +70,7 @@ class Work:
     left: int = 0
     packs: dict[int, Pack] = field(default_factory=dict)
     reason: str = ""
+    since: float | None = None
 
 
 class Writer:
@@ -111,9 +113,16 @@ class Writer:
             work.on_done(Result(reason=work.reason or "the snapshot was given up"))
         else:
             packs = tuple(work.packs[number] for number in range(len(work.layout)))
-            work.on_done(Result(packs))
+            work.on_done(Result(packs, since=work.since))
+
+    def _date(self, work: Work) -> None:
+        """Before anything of this job is written. Raises ElasticError."""
+        with work.lock:
+            if work.since is None and isinstance(self._blobs, AgingBlobs):
+                work.since = self._blobs.now()
 
     def _pack(self, work: Work, number: int, image: PackImage) -> None:
+        self._date(work)
         data = work.view[image.start : image.start + image.nbytes]
         hashing = [self._hashers.submit(_digests, data, spans, work.stop) for spans in _groups(image.spans)]
         for attempt in range(1, WRITE_ATTEMPTS + 1):

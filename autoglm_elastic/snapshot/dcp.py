@@ -44,7 +44,7 @@ from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog.decide import Decide, Request
 from autoglm_elastic.catalog.dtypes import DType
 from autoglm_elastic.catalog.index import Catalog
-from autoglm_elastic.catalog.merge import merge, structure_digest
+from autoglm_elastic.catalog.merge import earliest, merge, structure_digest
 from autoglm_elastic.catalog.opened import OpenPacks
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
@@ -157,14 +157,16 @@ class SafetensorsWriter(StorageWriter):
             Copy(list(zip(images.views(segment), sources, strict=True)), (), ()).wait(0)
             images.write_heads(segment)
             job = WriteJob(snapshot, segment.number, images.packs, b"", b"")
-            packs = keeper.write(job).wait(limits.VOTE_S)
+            pending = keeper.write(job)
+            packs = pending.wait(limits.VOTE_S)
             keeper.settled(snapshot, Verdict.COMMIT)
         except BaseException:
             keeper.settled(snapshot, Verdict.ABORT)
             raise
         finally:
             keeper.close()
-        return _Table(fmt.Prepared(packs=packs, structure=digest, cover=images.cover), structure)
+        mine = fmt.Prepared(packs=packs, structure=digest, cover=images.cover, since=pending.since)
+        return _Table(mine, structure)
 
     def _lay_out_tensor(self, item: WriteItem, planner: SavePlanner, items: _Items) -> None:
         name = item.index.fqn
@@ -260,7 +262,13 @@ class SafetensorsWriter(StorageWriter):
         structure = tree.nest({tuple(paths.get(name, (name,))): node for name, node in nodes.items()})
         whole = fmt.Structure(tensors=merged.tensors, tree=structure)
         cover = sum(table.prepared.cover for table in ranks) % (1 << 64)
-        return fmt.Prepared(packs=merged.packs, structure=structure_digest(whole), cover=cover), whole
+        prepared = fmt.Prepared(
+            packs=merged.packs,
+            structure=structure_digest(whole),
+            cover=cover,
+            since=earliest(table.prepared for table in ranks),
+        )
+        return prepared, whole
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: _PathLike) -> bool:

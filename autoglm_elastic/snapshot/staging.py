@@ -96,7 +96,9 @@ class Staging:
         if self._pending is None:
             raise PlatformError("the snapshot was given up while it was staged")
         packs = self._pending.wait(timeout_s)
-        return fmt.Prepared(packs=packs, structure=self.digest, cover=self._images.cover)
+        return fmt.Prepared(
+            packs=packs, structure=self.digest, cover=self._images.cover, since=self._pending.since
+        )
 
     def give_up(self, reason: str) -> None:
         """Nothing of this snapshot is written any more that was not begun."""

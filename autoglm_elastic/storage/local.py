@@ -307,7 +307,7 @@ class LocalBlobs:
 
     def ages(self, prefix: str) -> dict[str, float]:
         """By the clock of the file system: a file that is made now is the measure."""
-        now = self._now()
+        now = self.now()
         found = {}
         for name in self.list(prefix):
             with contextlib.suppress(FileNotFoundError):
@@ -316,7 +316,8 @@ class LocalBlobs:
                     found[name] = now - status.st_mtime
         return found
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """The time that the file system gives a new file."""
         path = self.temporary_path()
         try:
             fd = self.files.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -334,11 +335,11 @@ class LocalBlobs:
         that was written again meanwhile gets its name back."""
         path, aside = self.path(name), self.temporary_path()
         try:
-            if self._now() - os.lstat(path).st_mtime < older_s:
+            if self.now() - os.lstat(path).st_mtime < older_s:
                 return -1
             self.files.rename(path, aside)
             status = os.lstat(aside)
-            young = self._now() - status.st_mtime < older_s
+            young = self.now() - status.st_mtime < older_s
             if young:
                 with contextlib.suppress(FileExistsError):
                     self.files.link(aside, path)
@@ -355,7 +356,7 @@ class LocalBlobs:
         swept = 0
         try:
             names = os.listdir(folder)
-            now = self._now()
+            now = self.now()
             for name in names:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):

@@ -261,6 +261,10 @@ class S3Blobs:
             if not client.is_missing(error):
                 raise client.platform_error(error, "removing", f"{self.url}/{name}") from error
 
+    def now(self) -> float:
+        """The server's clock, in whole seconds as it tells them."""
+        return self._server_time().timestamp()
+
     def ages(self, prefix: str) -> dict[str, float]:
         """By the server's clock, as of the end of the list."""
         checked_name(prefix)

@@ -35,6 +35,7 @@ from autoglm_elastic.core.commit import (
     Snapshot,
     Stage,
     Staged,
+    TakeBack,
     Timeout,
     Trigger,
     Verdict,
@@ -147,6 +148,40 @@ def test_what_cannot_be_settled_is_never_called_aborted(outcome: Outcome, presen
     assert effects[-1].verdict is Verdict.UNKNOWN
 
 
+@pytest.mark.parametrize("late", [True, None])
+def test_a_prepare_that_is_too_old_is_aborted_before_anything_is_asked_for(late: bool | None) -> None:
+    machine, effects = coordinate(*VOTED, ManifestWritten(S, Outcome.OK, late))
+    assert [effects[0], machine.phase] == [MANIFEST, CoordinatorPhase.IDLE]
+    assert isinstance(effects[1], Announce)
+    assert effects[1].verdict is Verdict.ABORT
+    assert "first pack" in effects[1].reason
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        (EntryPut(S, Outcome.OK, True),),
+        (EntryPut(S, Outcome.UNKNOWN, True), EntryRead(S, True, True)),
+        (EntryPut(S, Outcome.UNKNOWN), EntryRead(S, False), EntryPut(S, Outcome.OK, True)),
+    ],
+)
+def test_an_entry_that_came_too_late_is_taken_back_and_nothing_promised(
+    there: tuple[CoordinatorEvent, ...],
+) -> None:
+    machine, effects = coordinate(*PUT, *there)
+    assert machine.phase is CoordinatorPhase.IDLE
+    assert effects[-2] == TakeBack(S)
+    assert isinstance(effects[-1], Announce)
+    assert effects[-1].verdict is Verdict.UNKNOWN
+
+
+def test_an_entry_of_which_nobody_can_tell_whether_it_came_in_time_stays_and_is_not_promised() -> None:
+    _, effects = coordinate(*PUT, EntryPut(S, Outcome.OK, None))
+    assert isinstance(effects[-1], Announce)
+    assert effects[-1].verdict is Verdict.UNKNOWN
+    assert TakeBack(S) not in effects
+
+
 @pytest.mark.parametrize("snapshot", OTHERS)
 def test_what_names_another_snapshot_or_generation_is_ignored(snapshot: Snapshot) -> None:
     machine, _ = coordinate(Trigger(S), prepared(0))
@@ -210,12 +245,13 @@ def test_triggers_coalesce_into_one_more() -> None:
     assert not trigger.in_flight
 
 
+LATE = st.sampled_from([False, True, None])
 coordinator_events = st.one_of(
     st.builds(Trigger, st.sampled_from([S, *OTHERS])),
     st.builds(VoteFrom, st.integers(-1, 3), st.sampled_from([S, *OTHERS]), st.sampled_from(Vote)),
-    st.builds(ManifestWritten, st.just(S), st.sampled_from(Outcome)),
-    st.builds(EntryPut, st.just(S), st.sampled_from(Outcome)),
-    st.builds(EntryRead, st.just(S), st.sampled_from([True, False, None])),
+    st.builds(ManifestWritten, st.just(S), st.sampled_from(Outcome), LATE),
+    st.builds(EntryPut, st.just(S), st.sampled_from(Outcome), LATE),
+    st.builds(EntryRead, st.just(S), st.sampled_from([True, False, None]), LATE),
     st.builds(HintsMoved, st.just(S), st.booleans()),
     st.builds(PeerLost),
     st.builds(Timeout, st.just(S)),
@@ -247,6 +283,8 @@ def test_no_order_of_events_breaks_the_rules(events: Sequence[CoordinatorEvent])
             if isinstance(effect, Announce):
                 assert effect.verdict is not Verdict.ABORT or not asked
                 assert effect.verdict is not Verdict.COMMIT or asked
+                in_time = getattr(event, "late", False) is False
+                assert effect.verdict is not Verdict.COMMIT or in_time
         assert machine.attempts <= 2 * SETTLE_ATTEMPTS_MAX
         assert (machine.snapshot is None) == (machine.phase is CoordinatorPhase.IDLE)
 

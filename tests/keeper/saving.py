@@ -14,6 +14,7 @@ from autoglm_elastic.catalog import failpoints
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog.collect import Collected, Collector
 from autoglm_elastic.catalog.decide import Decide, Request
+from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.verify import verify
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
@@ -54,10 +55,14 @@ def written(blobs: StreamBlobs, share: Share, step: int, writer: Writer | None =
 
 
 def prepared(share: Share, result: Result) -> fmt.Prepared:
-    return msgspec.structs.replace(fmt.decode(share.vote, fmt.Prepared, "the vote"), packs=result.packs)
+    return msgspec.structs.replace(
+        fmt.decode(share.vote, fmt.Prepared, "the vote"), packs=result.packs, since=result.since
+    )
 
 
-def decided(blobs: StreamBlobs, share: Share, step: int, result: Result) -> tuple[Verdict, str]:
+def decided(
+    blobs: StreamBlobs, share: Share, step: int, result: Result, failpoint: Failpoints = failpoints.none
+) -> tuple[Verdict, str]:
     """What the coordinator of a world of one rank decides."""
     snapshot = Snapshot(step, 0)
     verdicts: list[tuple[Verdict, str]] = []
@@ -67,7 +72,7 @@ def decided(blobs: StreamBlobs, share: Share, step: int, result: Result) -> tupl
         Catalog(blobs),
         Request(snapshot),
         announce=lambda verdict, reason: verdicts.append((verdict, reason)),
-        failpoint=failpoints.none,
+        failpoint=failpoint,
         wall=lambda: WALL + step,
     ).run(1, [VoteFrom(0, snapshot, Vote.PREPARED, fmt.encode(vote))], {vote.structure: share.structure})
     (verdict,) = verdicts
