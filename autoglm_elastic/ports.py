@@ -203,6 +203,9 @@ class AgingBlobs(StreamBlobs, Protocol):
     def ages(self, prefix: str) -> dict[str, float]:
         """The names that `list` gives, with the seconds since each was written last."""
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """The names that `list` gives, each with a text that differs when the blob was written again meanwhile."""
+
     def delete_older(self, name: str, older_s: float) -> int:
         """Removes the blob unless it is there no more, or was written less than `older_s` ago (again, perhaps just
         now). Returns its bytes, or -1 when it was not removed."""

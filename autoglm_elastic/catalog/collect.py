@@ -298,10 +298,10 @@ class Collector:
 
     def _reach_of_catalog(self) -> dict[str, frozenset[str]]:
         reach: dict[str, frozenset[str]] = {}
-        for name in self._catalog.names():
-            entry = self._catalog.look(name)
-            if entry is not None:
-                reach |= self._reach_of(entry)
+        for entry in self._catalog.all().values():
+            if isinstance(entry, CorruptSnapshot):
+                raise entry
+            reach |= self._reach_of(entry)
         return reach
 
     def _reach_of(self, entry: fmt.CatalogEntry) -> dict[str, frozenset[str]]:

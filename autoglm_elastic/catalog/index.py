@@ -1,7 +1,7 @@
 """The version index of a run directory: committed snapshots, the lineage of generations, and the two hints.
 
 The catalog directory is the truth; HEAD and `latest` only show it. What does not decode is not there, and is
-reported."""
+reported. Entries and records are immutable and read once; what there is a listing decides each time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import limits, tree
+from autoglm_elastic.catalog.documents import Documents
 from autoglm_elastic.core import lineage
 from autoglm_elastic.core.lineage import EntryFact, GenerationRecord
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
@@ -27,23 +28,15 @@ def no_event(name: str, fields: dict[str, Any]) -> None:
 class Catalog:
     def __init__(self, blobs: StreamBlobs, on_event: OnEvent = no_event) -> None:
         self._blobs, self._on_event = blobs, on_event
+        self._entries = Documents(blobs, lambda data, path: fmt.parse_entry(data, _stem(path), path))
+        self._records = Documents(
+            blobs, lambda data, path: fmt.parse_generation(data, int(_stem(path)), path)
+        )
+        self._told: dict[str, str] = {}
 
     def names(self) -> list[str]:
         """Names of all entries, oldest step first. What is not named like an entry is passed over."""
-        found = []
-        for path in self._blobs.list(fmt.CATALOG_DIR):
-            stem = path.removeprefix(f"{fmt.CATALOG_DIR}/").removesuffix(".json")
-            try:
-                fact = lineage.parse_entry_name(stem)
-            except ValueError:
-                continue
-            if path == fmt.entry_path(fact.name):
-                found.append(fact)
-        if len(found) > limits.ENTRIES_MAX:
-            raise CorruptSnapshot(
-                f"{fmt.CATALOG_DIR} has {len(found)} entries", valid=f"at most {limits.ENTRIES_MAX}"
-            )
-        return [fact.name for fact in sorted(found, key=lambda fact: (fact.step, fact.generation))]
+        return [fact.name for fact in _entry_facts(self._blobs.list(fmt.CATALOG_DIR))]
 
     def look(self, name: str) -> fmt.CatalogEntry | None:
         """The entry, or None when it is not there. Raises UsageError for what is no entry's name or of a newer format,
@@ -68,27 +61,46 @@ class Catalog:
             )
         return entry
 
+    def all(self) -> dict[str, fmt.CatalogEntry | CorruptSnapshot]:
+        """Every entry of whatever lineage by its name, oldest step first, or what is wrong with it."""
+        return {name: document for name, (_, document) in self._stamped().items()}
+
+    def _stamped(self) -> dict[str, tuple[str, fmt.CatalogEntry | CorruptSnapshot]]:
+        stamps = self._entries.stamps(fmt.CATALOG_DIR)
+        paths = [fmt.entry_path(fact.name) for fact in _entry_facts(stamps)]
+        found = self._entries.all({path: stamps[path] for path in paths})
+        return {_stem(path): (stamps[path], document) for path, document in found.items()}
+
     def entries(self) -> list[fmt.CatalogEntry]:
         """All that decode, of whatever lineage, oldest step first; the others are reported as rejected."""
         good = []
-        for name in self.names():
-            try:
-                entry = self.look(name)
-            except CorruptSnapshot as error:
-                self._on_event("snapshot.rejected", {"entry": name, "reason": str(error)})
-                continue
-            if entry is not None:  # else it was collected meanwhile
+        for name, (stamp, entry) in self._stamped().items():
+            if isinstance(entry, CorruptSnapshot):
+                self._reject(name, stamp, entry)
+            else:
                 good.append(entry)
         return good
 
+    def _reject(self, name: str, stamp: str, error: CorruptSnapshot) -> None:
+        """Reported once as long as the file stays the same: whoever commits looks at all of them each time."""
+        told = f"{stamp} {error}"
+        if self._told.get(name) != told:
+            self._told[name] = told
+            self._on_event("snapshot.rejected", {"entry": name, "reason": str(error)})
+
     def records(self) -> list[GenerationRecord]:
         """The lineage. Raises CorruptSnapshot: without it nothing can be trusted."""
-        records = []
-        for path in self._blobs.list(fmt.GENERATION_DIR):
-            stem = path.removeprefix(f"{fmt.GENERATION_DIR}/").removesuffix(".json")
+        stamps = self._records.stamps(fmt.GENERATION_DIR)
+        wanted = {}
+        for path, stamp in stamps.items():
+            stem = _stem(path)
             if stem.isascii() and stem.isdigit() and path == fmt.generation_path(int(stem)):
-                data = self._blobs.read(path, bytes_max=limits.ENTRY_BYTES_MAX)
-                records.append(fmt.parse_generation(data, int(stem), path))
+                wanted[path] = stamp
+        records = []
+        for record in self._records.all(wanted).values():
+            if isinstance(record, CorruptSnapshot):
+                raise record
+            records.append(record)
         return sorted(records, key=lambda record: record.number)
 
     def put_generation(self, record: GenerationRecord) -> Outcome:
@@ -112,7 +124,16 @@ class Catalog:
         return [entries[fact.name] for fact in lineage.candidates(facts, self.records())]
 
     def newest(self) -> fmt.CatalogEntry | None:
-        return next(iter(self.candidates()), None)
+        """The first of `candidates`, without reading the others: names tell step and generation."""
+        there = _entry_facts(self._blobs.list(fmt.CATALOG_DIR))
+        for fact in lineage.candidates(there, self.records()):
+            path = fmt.entry_path(fact.name)
+            entry = self._entries.read(path)
+            if isinstance(entry, CorruptSnapshot):
+                self._reject(fact.name, self._entries.stamps(fmt.CATALOG_DIR).get(path, ""), entry)
+            elif entry is not None:  # else it was collected meanwhile
+                return entry
+        return None
 
     def manifest(self, entry: fmt.CatalogEntry) -> fmt.Manifest:
         """Read, compared with its digest and checked. Raises CorruptSnapshot."""
@@ -161,3 +182,24 @@ class Catalog:
 
 def facts(entries: Iterable[fmt.CatalogEntry]) -> list[EntryFact]:
     return [EntryFact(entry.name, entry.step, entry.generation) for entry in entries]
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].removesuffix(".json")
+
+
+def _entry_facts(paths: Iterable[str]) -> list[EntryFact]:
+    """Of those that are paths of entries, oldest step first. Raises CorruptSnapshot when there are too many."""
+    found = []
+    for path in paths:
+        try:
+            fact = lineage.parse_entry_name(path.removeprefix(f"{fmt.CATALOG_DIR}/").removesuffix(".json"))
+        except ValueError:
+            continue
+        if path == fmt.entry_path(fact.name):
+            found.append(fact)
+    if len(found) > limits.ENTRIES_MAX:
+        raise CorruptSnapshot(
+            f"{fmt.CATALOG_DIR} has {len(found)} entries", valid=f"at most {limits.ENTRIES_MAX}"
+        )
+    return sorted(found, key=lambda fact: (fact.step, fact.generation))

@@ -77,13 +77,10 @@ class Inventory:
         """By name, oldest step first."""
         self.damaged: dict[str, str] = {}
         """Entries that do not decode: name → why."""
-        for name in catalog.names():
-            try:
-                entry = catalog.look(name)
-            except CorruptSnapshot as error:
-                self.damaged[name] = str(error)
-                continue
-            if entry is not None:  # else it was collected meanwhile
+        for name, entry in catalog.all().items():
+            if isinstance(entry, CorruptSnapshot):
+                self.damaged[name] = str(entry)
+            else:
                 self.entries[name] = entry
         self.records = catalog.records()
         self.tags = Tags(blobs).all()

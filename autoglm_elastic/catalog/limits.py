@@ -16,6 +16,8 @@ HEADER_BYTES_MAX: Final = 64 << 20
 """A pack's safetensors header; below the 100 MB that the safetensors library accepts."""
 ENTRIES_MAX: Final = 100_000
 """Catalog entries looked at in one directory."""
+ENTRIES_KEPT_MAX: Final = 20_000
+"""Decoded entries kept in memory, about a kilobyte each."""
 TAGS_MAX: Final = 1000
 """Tags are for people."""
 

@@ -98,6 +98,7 @@ class Writer:
 
     def _one(self, work: Work, number: int, image: PackImage) -> None:
         try:
+            self._date(work)
             self._pack(work, number, image)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is this job's failure, told to its rank
             with work.lock:
@@ -122,7 +123,6 @@ class Writer:
                 work.since = self._blobs.now()
 
     def _pack(self, work: Work, number: int, image: PackImage) -> None:
-        self._date(work)
         data = work.view[image.start : image.start + image.nbytes]
         hashing = [self._hashers.submit(_digests, data, spans, work.stop) for spans in _groups(image.spans)]
         for attempt in range(1, WRITE_ATTEMPTS + 1):

@@ -15,6 +15,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from typing import Final
 
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError, UsageError
@@ -308,13 +309,20 @@ class LocalBlobs:
     def ages(self, prefix: str) -> dict[str, float]:
         """By the clock of the file system: a file that is made now is the measure."""
         now = self.now()
-        found = {}
+        return {name: now - status.st_mtime for name, status in self._statuses(prefix)}
+
+    def stamps(self, prefix: str) -> dict[str, str]:
+        return {
+            name: f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            for name, status in self._statuses(prefix)
+        }
+
+    def _statuses(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         for name in self.list(prefix):
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(self.path(name))
                 if stat.S_ISREG(status.st_mode):
-                    found[name] = now - status.st_mtime
-        return found
+                    yield name, status
 
     def now(self) -> float:
         """The time that the file system gives a new file."""

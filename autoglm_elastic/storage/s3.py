@@ -274,6 +274,14 @@ class S3Blobs:
         now = self._server_time()
         return {name: (now - written[name]).total_seconds() for name in blob_names(written)}
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        checked_name(prefix)
+        found = {
+            item["Key"].removeprefix(self.base): f"{item['ETag']} {item['LastModified'].timestamp()}"
+            for item in self._objects(f"{prefix}/")
+        }
+        return {name: found[name] for name in blob_names(found)}
+
     def delete_older(self, name: str, older_s: float) -> int:
         """Removes exactly the version that was looked at, so that one that is written meanwhile stays. Raises
         PlatformError where the bucket keeps no versions: there the two could not be told apart."""

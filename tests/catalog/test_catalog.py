@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
+from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import rollback
 from autoglm_elastic.catalog.diff import Difference, diff
 from autoglm_elastic.catalog.index import Catalog, facts
 from autoglm_elastic.catalog.inventory import Inventory
 from autoglm_elastic.catalog.tags import Tags
+from autoglm_elastic.core.lineage import entry_name
 from autoglm_elastic.core.recovery import plan
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, UsageError
 from autoglm_elastic.storage import LocalBlobs
@@ -150,3 +154,76 @@ def test_a_snapshot_that_no_generation_vouches_for_is_refused(run_dir: Path) -> 
     record(run_dir, 1)
     with pytest.raises(ElasticError, match="of which there is no record"):
         rollback.roll_back(opened(run_dir)[1], "000000000009-g7")
+
+
+class Counting(LocalBlobs):
+    """Knows what was read."""
+
+    def __init__(self, root: Path, wait_s: float = 0.0) -> None:
+        super().__init__(root)
+        self.reads: list[str] = []
+        self.wait_s = wait_s
+
+    def read(self, name: str, *, bytes_max: int) -> bytes:
+        self.reads.append(name)
+        threading.Event().wait(self.wait_s)  # a round trip
+        return super().read(name, bytes_max=bytes_max)
+
+
+def copies(run_dir: Path, count: int) -> list[str]:
+    """As many entries, all with the packs of one snapshot."""
+    (first,) = save(run_dir, 1)
+    record(run_dir, 0)
+    entry = Catalog(LocalBlobs(run_dir)).entry(first)
+    for step in range(2, count + 1):
+        name = entry_name(step, 0)
+        sealed = fmt.sealed(msgspec.structs.replace(entry, name=name, step=step))
+        (run_dir / fmt.entry_path(name)).write_bytes(fmt.encode(sealed))
+    return names(run_dir)
+
+
+def test_the_newest_is_found_without_reading_the_others(run_dir: Path) -> None:
+    every = copies(run_dir, 20)
+    seen: list[str] = []
+    blobs = Counting(run_dir)
+    catalog = Catalog(blobs, lambda _, fields: seen.append(fields["entry"]))
+    for name in every[-2:]:
+        (run_dir / fmt.entry_path(name)).write_bytes(b"{}")
+    for _ in range(3):
+        newest = catalog.newest()
+        assert newest is not None
+        assert newest.name == every[-3]
+    assert {*blobs.reads} == {"generations/0.json", *map(fmt.entry_path, every[-3:])}
+    assert newest == catalog.candidates()[0]
+    assert seen == every[:-3:-1], "each once"
+    (run_dir / fmt.entry_path(every[-1])).write_bytes(b"[]")
+    assert catalog.newest() == newest
+    assert seen[2:] == [every[-1]], "another damage is told"
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.004], ids=["near", "far"])
+def test_entries_are_read_once_and_as_they_are(run_dir: Path, wait_s: float) -> None:
+    every = copies(run_dir, 60)
+    blobs = Counting(run_dir, wait_s)
+    catalog = Catalog(blobs)
+    first = catalog.entries()
+    assert [entry.name for entry in first] == every
+    assert sorted(blobs.reads) == sorted(map(fmt.entry_path, every))
+    blobs.reads.clear()
+    assert catalog.entries() == first
+    assert blobs.reads == []
+    path, again = run_dir / fmt.entry_path(every[3]), fmt.entry_path(every[3])
+    aside = path.read_bytes()
+    path.unlink()
+    assert [entry.name for entry in catalog.entries()] == every[:3] + every[4:]
+    other = fmt.sealed(msgspec.structs.replace(first[3], wall_time=first[3].wall_time + 1))
+    path.write_bytes(fmt.encode(other))  # a snapshot of the same step, after the first was removed
+    assert catalog.entries()[3] == other
+    path.write_bytes(aside)
+    assert catalog.entries() == first
+    assert blobs.reads == [again, again]
+    path.write_bytes(aside[:-1])
+    assert len(catalog.entries()) == 59
+    (run_dir / "generations" / "0.json").write_bytes(b"{}")
+    with pytest.raises(CorruptSnapshot):
+        catalog.candidates()
