@@ -207,8 +207,9 @@ class AgingBlobs(StreamBlobs, Protocol):
         """The names that `list` gives, each with a text that differs when the blob was written again meanwhile."""
 
     def delete_older(self, name: str, older_s: float) -> int:
-        """Removes the blob unless it is there no more, or was written less than `older_s` ago (again, perhaps just
-        now). Returns its bytes, or -1 when it was not removed."""
+        """Removes the blob unless it is there no more, or was written less than `older_s` ago. Returns its bytes, or -1
+        when it was not removed. For names that nobody writes again once they are old: what is written again, with
+        the same bytes, just when it is removed may be lost on some storages."""
 
     def sweep(self, older_s: float) -> int:
         """Removes what writers that were killed left behind and nobody has touched for so long. How many."""

@@ -6,7 +6,8 @@ It never waits for, or locks out, a job, a writer or a reader. Two rules make th
   there for a grace, so that whoever reads the snapshot can finish; they go in a later pass.
 - *Age.* A pack or manifest that nothing reaches is removed only when it was written longer ago than a
   prepare may take. Packs are listed before it is read what is reachable: what was
-  committed since is seen. A pack that is written again under its name is young again.
+  committed since is seen. Nobody relies on a file that he did not write himself within the same prepare: packs
+  and manifests have names of their own (packs.fill, decide.py), so no old one is about to be needed again.
 
 Removals are ordered so that a crash between any two leaves every entry that remains whole: entry before packs before
 manifest before its record in `retired/`. A tag or a rollback that wins a race against the collection brings a retired

@@ -6,9 +6,13 @@ hints. It never waits for another rank and never raises what is the snapshot's f
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
 
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import limits
@@ -20,6 +24,9 @@ from autoglm_elastic.core import commit as core
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError
 from autoglm_elastic.ports import AgingBlobs, Outcome, StreamBlobs
+
+NONCE: Final = "nonce"
+"""Key in a manifest's environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,9 @@ class Decide:
             environment=request.environment,
             config_digest=request.config_digest,
         )
+        if not manifest.packs:  # the packs' names make it unlike every other one (docs/format.md)
+            environment = {**manifest.environment, NONCE: secrets.token_hex(16)}
+            manifest = msgspec.structs.replace(manifest, environment=environment)
         fmt.check_manifest(manifest, "the state as the ranks gave it")
         data = fmt.encode(manifest)
         if len(data) > limits.MANIFEST_BYTES_MAX:

@@ -283,26 +283,38 @@ class S3Blobs:
         return {name: found[name] for name in blob_names(found)}
 
     def delete_older(self, name: str, older_s: float) -> int:
-        """Removes exactly the version that was looked at, so that one that is written meanwhile stays. Raises
-        PlatformError where the bucket keeps no versions: there the two could not be told apart."""
+        """Removes what was looked at: that version where the bucket keeps versions; else on the condition that its ETag
+        is the same, where the server knows this condition. Then the same bytes, written again between the look and
+        the removal, may go (ports.AgingBlobs)."""
         try:
             head = self._head(name)
         except FileNotFoundError:
             return -1
-        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        if (now - head["LastModified"]).total_seconds() < older_s:
+        if self._age(name, head) < older_s:
             return -1
-        if head.get("VersionId") in (None, "null"):
-            raise PlatformError(
-                f"removing {self.url}/{name}: a writer may just be writing it again, and only a bucket with "
-                "versioning keeps what it writes",
-                do="enable versioning, or remove old runs as a whole",
-            )
+        version = head.get("VersionId")
+        exactly = {"IfMatch": head["ETag"]} if version in (None, "null") else {"VersionId": version}
         try:
-            self.clients.patient.delete_object(**self.at(name), VersionId=head["VersionId"])
+            self._remove(name, exactly)
         except self._errors as error:
+            if client.is_missing(error) or client.status_of(error) in (409, 412):
+                return -1
             raise client.platform_error(error, "removing", f"{self.url}/{name}") from error
         return int(head["ContentLength"])
+
+    def _age(self, name: str, head: Mapping[str, Any]) -> float:
+        """Seconds since the object that was looked at was written, by the server's clock."""
+        checked_name(name)
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - head["LastModified"]).total_seconds())
+
+    def _remove(self, name: str, exactly: Mapping[str, str]) -> None:
+        try:
+            self.clients.patient.delete_object(**self.at(name), **exactly)
+        except self._errors as error:
+            if client.status_of(error) != 501:
+                raise
+            self.clients.patient.delete_object(**self.at(name))
 
     def sweep(self, older_s: float) -> int:
         """Removes what interrupted writers left longer than `older_s` ago by the server's clock: unfinished

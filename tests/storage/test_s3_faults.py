@@ -278,33 +278,61 @@ def test_what_a_killed_writer_leaves_is_invisible_and_swept(bucket: Bucket) -> N
     assert bucket.objects() == bucket.uploads() == []
 
 
-def test_only_the_version_that_was_looked_at_is_removed(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+def between_look_and_removal(
+    blobs: S3Blobs, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]
 ) -> None:
-    """Garbage collection, and a writer that publishes the same content again meanwhile."""
+    """From now on `act` happens between a look at an object and its removal."""
+    look = blobs._head
+
+    def and_then(name: str) -> dict[str, object]:
+        head = look(name)
+        act()
+        return head
+
+    monkeypatch.setattr(blobs, "_head", and_then)
+
+
+@pytest.mark.parametrize("versioning", ["Enabled", "Suspended", ""])
+def test_what_was_written_over_the_object_that_was_looked_at_stays(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, versioning: str
+) -> None:
     blobs = S3Blobs(bucket.name, "run", {})
-    upload(blobs, b"same")
+    if versioning:
+        bucket.client.put_bucket_versioning(
+            Bucket=bucket.name, VersioningConfiguration={"Status": versioning}
+        )
+    upload(blobs, b"one")
     assert blobs.delete_older("packs/x", 3600) == -1
-    with pytest.raises(PlatformError, match="enable versioning"):
-        blobs.delete_older("packs/x", -60)
-    bucket.client.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
-    upload(blobs, b"same")
     ages = blobs.ages("packs")
     assert ages.keys() == {"packs/x"}
     assert -60 < ages["packs/x"] < 3600
-    look = blobs._head
-
-    def and_written_again(name: str) -> dict[str, object]:
-        head = look(name)
-        upload(blobs, b"same")
-        return head
-
     with monkeypatch.context() as patch:
-        patch.setattr(blobs, "_head", and_written_again)
-        assert blobs.delete_older("packs/x", -60) == 4
-    assert blobs.read("packs/x", bytes_max=4) == b"same"
+        between_look_and_removal(blobs, patch, lambda: upload(blobs, b"another"))
+        assert blobs.delete_older("packs/x", -60) == (3 if versioning == "Enabled" else -1)
+    assert blobs.read("packs/x", bytes_max=7) == b"another"
+    with monkeypatch.context() as patch:
+        between_look_and_removal(blobs, patch, lambda: blobs.delete("packs/x"))
+        assert blobs.delete_older("packs/x", -60) in (-1, 7)
+    upload(blobs, b"one")
+    assert blobs.delete_older("packs/x", -60) == 3
+    assert blobs.list("packs") == []
     assert isinstance(blobs, AgingBlobs)
     assert blobs.delete_older("packs/y", -60) == -1
+
+
+def test_where_a_condition_of_a_removal_is_not_known_it_is_done_without(
+    bucket: Bucket, blobs: S3Blobs, proxy: Proxy
+) -> None:
+    upload(blobs, b"one")
+    removes = lambda request: request.method == "DELETE" and "if-match" in request.headers  # noqa: E731
+    proxy.faults = [Fault(removes, forward=False, answer=501)]
+    assert blobs.delete_older("packs/x", -60) == 3
+    assert proxy.faults[0].seen.is_set()
+    upload(blobs, b"one")
+    proxy.faults = [Fault(removes, times=9, forward=False, answer=403)]
+    with pytest.raises(PlatformError, match="check the credentials"):
+        blobs.delete_older("packs/x", -60)
+    assert bucket.objects() == ["run/packs/x"]
 
 
 def test_memory_is_bounded_by_parts_in_flight(
