@@ -15,12 +15,22 @@ _SHOWN_MAX: Final = 8
 
 
 def subtree(manifest: Manifest, prefix: str) -> Any:
-    """The node at `prefix` ("" for the whole), a path as `autoglm ckpt show` writes it. Raises UsageError."""
+    """The node at `prefix` ("" for the whole), a path as `autoglm ckpt show` writes it; its last part may be the
+    beginning that keys have in common, as `module` of "module.weight". Raises UsageError."""
     node = manifest.tree
     at = ""
     while prefix:
         inside = tree.children(node) or {}
         found = [key for key in inside if prefix == str(key) or prefix.startswith(f"{key}.")]
+        begun = {
+            key.removeprefix(f"{prefix}."): child
+            for key, child in inside.items()
+            if isinstance(key, str)
+            and key.startswith(f"{prefix}.")
+            and key[len(prefix) + 1 :][:1] not in ("", "$")
+        }
+        if not found and begun:
+            return begun
         if not found:
             valid = ", ".join(str(key) for key in list(inside)[:_SHOWN_MAX])
             raise UsageError(

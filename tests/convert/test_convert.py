@@ -298,3 +298,17 @@ def test_values_tell_how_far_two_snapshots_lie_apart(run_dir: Path, capsys: Capt
     assert (changes["a"]["elements_changed"], changes["a"]["max_abs"]) == (2, 1.0)
     assert (changes["b"]["elements_changed"], changes["b"]["max_abs"]) == (2, 1.0)
     assert (changes["nan"]["elements_changed"], changes["nan"]["max_abs"]) == (1, 1.0)
+
+
+def test_a_prefix_may_be_what_keys_begin_with(run_dir: Path, tmp_path: Path) -> None:
+    """As the state_dict of a model in a wrapper has them."""
+    shared = torch.arange(4.0)
+    state = {
+        "model": {"module.a": shared, "module.b.c": torch.ones(2), "module.tied": shared, "other": shared + 1}
+    }
+    with CheckpointManager(run_dir) as manager:
+        assert manager.save(1, state).wait(WAIT_S).committed
+    target = tmp_path / "out"
+    assert main(["ckpt", "export", str(run_dir), "HEAD", str(target), "--prefix", "model.module"]) == 0
+    assert load_file(target / "model.safetensors").keys() == {"a", "b.c"}
+    assert main(["ckpt", "export", str(run_dir), "HEAD", str(tmp_path / "no"), "--prefix", "model.mod"]) == 2
