@@ -23,7 +23,7 @@ from typing import Final
 import msgspec
 
 from autoglm_elastic.core.lineage import EntryFact, parse_entry_name
-from autoglm_elastic.errors import UsageError
+from autoglm_elastic.errors import UsageError, in_one_line
 from autoglm_elastic.observe import presence
 
 FORMAT_VERSION: Final = 1
@@ -282,6 +282,14 @@ def _check_format(path: Path, info: RunInfo) -> None:
         )
 
 
+def parse_info(data: bytes) -> RunInfo:
+    """Raises ValueError for what is no `run.json`."""
+    try:
+        return msgspec.json.decode(data, type=RunInfo)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(in_one_line(error)) from error
+
+
 def _read_info(run_dir: Path) -> RunInfo | None:
     path = run_dir / RUN_NAME
     try:
@@ -294,8 +302,8 @@ def _read_info(run_dir: Path) -> RunInfo | None:
     try:
         if len(data) > _RUN_BYTES_MAX:
             raise ValueError(f"larger than {_RUN_BYTES_MAX} bytes")
-        return msgspec.json.decode(data, type=RunInfo)
-    except (msgspec.DecodeError, ValueError) as error:
+        return parse_info(data)
+    except ValueError as error:
         raise UsageError(
             f"{path} is damaged: {error}", do="restore the file, or give another --run-dir"
         ) from error

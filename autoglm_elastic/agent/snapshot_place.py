@@ -6,9 +6,14 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
-from autoglm_elastic.agent.run_dir import FORMAT_VERSION, RUN_NAME, RunDirectory, RunInfo, new_info
+from autoglm_elastic.agent.run_dir import (
+    FORMAT_VERSION,
+    RUN_NAME,
+    RunDirectory,
+    RunInfo,
+    new_info,
+    parse_info,
+)
 from autoglm_elastic.catalog import rollback
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.errors import PlatformError, UsageError
@@ -58,8 +63,8 @@ def read_info(blobs: StreamBlobs, url: str) -> RunInfo | None:
     except FileNotFoundError:
         return None
     try:
-        info = msgspec.json.decode(data, type=RunInfo)
-    except msgspec.DecodeError as error:
+        info = parse_info(data)
+    except ValueError as error:
         raise UsageError(
             f"{url}/{RUN_NAME} is damaged: {error}", do="restore it, or give another snapshot.url"
         ) from error
