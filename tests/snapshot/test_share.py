@@ -13,6 +13,8 @@ from tests.object_store import CREDENTIALS, Bucket
 from tests.snapshot.ranks import Ranks
 from tests.snapshot.test_ranks import KILLED, LAYOUTS
 
+pytestmark = pytest.mark.long
+
 REPLICATED = {"dims": [3], "placements": ["R"]}
 STATE_NBYTES = 600_000 * 4
 
