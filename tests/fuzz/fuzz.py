@@ -14,14 +14,14 @@ def main(name: str, seconds: str) -> None:
         print("skipped: atheris is not installed (pip install 'autoglm-elastic[fuzz]')")
         return
     with atheris.instrument_imports(include=["autoglm_elastic"]):
-        from tests.fuzz.targets import TARGETS, check, resealed
+        from tests.fuzz.targets import TARGETS, check, framed, resealed
     target = TARGETS[name]
     taken = 0
 
     def one(data: bytes) -> None:
         nonlocal taken
         taken += check(target, data)
-        again = resealed(data)
+        again = framed(data) if name == "header" else resealed(data)
         if again is not None:
             taken += check(target, again)
 
