@@ -311,5 +311,5 @@ class Collector:
         known = self._reach.get(path)
         if known is None:
             manifest = self._catalog.manifest(entry)
-            known = frozenset(fmt.pack_path(pack.sha256) for pack in manifest.packs)
+            known = self._reach[path] = frozenset(fmt.pack_path(pack.sha256) for pack in manifest.packs)
         return {path: known}
