@@ -39,10 +39,11 @@ class Recovery:
     full_world_ns: int | None = None
     back_ns: int | None = None
     last_life: int = 0
-    _done: dict[int, set[int]] = field(default_factory=dict)
-    _new: dict[int, set[int]] = field(default_factory=dict)
+    _done: dict[int, dict[int, int]] = field(default_factory=dict)
+    _new: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def feed(self, line: Line) -> None:
+        """Ranks that write at the same time may be read in the other order: what counts is when they wrote."""
         if line.what != "step":
             return
         if line.life <= self.life:
@@ -51,17 +52,16 @@ class Recovery:
         self.last_life = max(self.last_life, line.life)
         if self.first_step is None:
             self.first_step = line.step
-        done = self._done.setdefault(line.life, set())
-        done.add(line.rank)
+        done = self._done.setdefault(line.life, {})
+        done.setdefault(line.rank, line.wall_ns)
         if self.full_world_ns is None and len(done) == self.workers:
-            self.full_world_ns = line.wall_ns
+            self.full_world_ns = max(done.values())
         if line.step > self.reached:
-            if self.new_step_ns is None:
-                self.new_step_ns = line.wall_ns
-            new = self._new.setdefault(line.life, set())
-            new.add(line.rank)
+            self.new_step_ns = min(line.wall_ns, self.new_step_ns or line.wall_ns)
+            new = self._new.setdefault(line.life, {})
+            new.setdefault(line.rank, line.wall_ns)
             if self.back_ns is None and len(new) == self.workers:
-                self.back_ns = line.wall_ns
+                self.back_ns = max(new.values())
 
     @property
     def redone(self) -> int:

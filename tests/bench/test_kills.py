@@ -47,3 +47,9 @@ def test_not_back_while_a_rank_is_missing() -> None:
     recovery = _after_kill("1040 0 18 1\n 1080 1 18 2")
     assert recovery.new_step_ns is not None
     assert recovery.back_ns is None
+
+
+def test_ranks_are_read_in_any_order() -> None:
+    recovery = _after_kill("1042 1 18 1\n 1040 0 18 1\n 1052 1 19 1\n 1050 0 19 1")
+    assert recovery.full_world_ns == recovery.back_ns == 1_042_000_000
+    assert recovery.new_step_ns == 1_040_000_000
