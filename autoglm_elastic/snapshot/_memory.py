@@ -12,6 +12,8 @@ from autoglm_elastic.keeper import InProcess, Keeper, Segment
 ANSWER_S: Final = 10.0
 """So long the training thread waits for a keeper that is being started or has to give memory, once: while it has not
 answered, what is staged later is refused at once."""
+PATIENCE_S: Final = 20.0
+"""So long a snapshot waits that cannot be taken later: the last one of a job."""
 FILL_BYTES_PER_S: Final = float(1 << 30)
 """Memory is touched once before it is used, at least so fast."""
 
@@ -83,7 +85,7 @@ class MemorySource:
         """
         staged = self._at_hand(nbytes)
         if staged is None and self._request is not None:
-            if not self._request.answered(ANSWER_S if patient else 0.0):
+            if not self._request.answered(PATIENCE_S if patient else 0.0):
                 raise PlatformError("the keeper has not answered an earlier request for memory")
             staged = self._at_hand(nbytes)
         return self._asked(nbytes) if staged is None else staged

@@ -22,6 +22,7 @@ from autoglm_elastic.core.commit import Snapshot, Verdict, Vote
 from autoglm_elastic.errors import ElasticError
 from autoglm_elastic.ports import StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot.staging import Staging
+from autoglm_elastic.snapshot.triggers import Triggers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class _Ruling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ruli
     generation: int
     verdict: str
     reason: str
+    answered: int
+    """See core/triggers.py."""
 
 
 def _join(head: msgspec.Struct, payload: bytes = b"") -> bytes:
@@ -63,6 +66,7 @@ class Commit:
     Args:
         staging: this rank's copy, or why there is none.
         wall: seconds since the epoch, for the catalog.
+        triggers: hear of the ruling, once on each rank that has one.
     """
 
     def __init__(
@@ -75,14 +79,15 @@ class Commit:
         *,
         failpoint: Failpoints,
         wall: Callable[[], float],
+        triggers: Triggers,
     ) -> None:
-        self._blobs, self._catalog, self._votes = blobs, catalog, votes
+        self._blobs, self._catalog, self._votes, self._triggers = blobs, catalog, votes, triggers
         self._request, self._snapshot, self._staging = request, request.snapshot, staging
         self._failpoint, self._wall = failpoint, wall
         self._participant = core.Participant(self._snapshot.generation)
         self._detail = ""
         self._ruling: tuple[Verdict, str] | None = None
-        self._peer_lost = False
+        self._ruled = self._peer_lost = False
         self._events: deque[core.ParticipantEvent] = deque()
         self.failed_here = ""
         """Why this rank could not prepare, for its report."""
@@ -91,6 +96,16 @@ class Commit:
 
     def run(self) -> SaveResult:
         """Returns when it is decided as far as this rank can tell. Raises only bugs."""
+        try:
+            released = self._run()
+        finally:
+            if self._votes.rank == 0 and not self._ruled:
+                self._triggers.ruling()
+        self._failpoint("decided")
+        return self._result(released)
+
+    def _run(self) -> bool:
+        """Whether the packs were let go on a ruling, or for want of one."""
         self._events.append(core.Trigger(self._snapshot))
         released = False
         while self._events:
@@ -108,8 +123,7 @@ class Commit:
                     case core.Release():
                         self._settled(self._ruling[0] if self._ruling else Verdict.UNKNOWN)
                         released = True
-        self._failpoint("decided")
-        return self._result(released)
+        return released
 
     def _on_stage(self) -> None:
         if isinstance(self._staging, ElasticError):
@@ -157,6 +171,7 @@ class Commit:
             self._votes.gather(ballot)
             self._failpoint("vote_sent")
             ruling = self._await_ruling()
+            self._triggers.ruled(ruling.answered)
             theirs = Snapshot(ruling.step, ruling.generation)
             if theirs == snapshot:
                 self._ruling = (Verdict(ruling.verdict), ruling.reason)
@@ -242,7 +257,8 @@ class Commit:
         if verdict is Verdict.ABORT and self._peer_lost:
             verdict = Verdict.UNKNOWN
         self._ruling = (verdict, reason)
-        ruling = _Ruling(self._snapshot.step, self._snapshot.generation, verdict.value, reason)
+        answered, self._ruled = self._triggers.ruling(), True
+        ruling = _Ruling(self._snapshot.step, self._snapshot.generation, verdict.value, reason, answered)
         try:
             self._votes.broadcast(msgspec.json.encode(ruling))
         except VotesLost as error:

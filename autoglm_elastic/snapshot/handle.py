@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoglm_elastic.snapshot.commit import SaveResult
@@ -16,6 +18,8 @@ class Handle:
         self._staging: Staging | None = None
         self._decided = threading.Event()
         self._result = SaveResult(False, None, "undecided")
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[SaveResult], None]] = []
 
     def done(self) -> bool:
         return self._decided.is_set()
@@ -26,6 +30,16 @@ class Handle:
             return SaveResult(False, None, f"not decided within {timeout_s} s")
         return self._result
 
+    def add_done_callback(self, callback: Callable[[SaveResult], None]) -> None:
+        """Calls `callback` with the result as soon as it is decided, at once if it is; what it raises is ignored. It
+        is called from the thread that decides, which writes no other snapshot meanwhile."""
+        with self._lock:
+            if not self._decided.is_set():
+                self._callbacks.append(callback)
+                return
+        with contextlib.suppress(Exception):
+            callback(self._result)
+
     def wait_staged(self, timeout_s: float = COPY_S) -> bool:
         """Until whatever belongs to the snapshot may change, by anybody. False when that is not so in
         time."""
@@ -35,8 +49,12 @@ class Handle:
         self._staging = staging
 
     def settle(self, result: SaveResult) -> None:
-        self._result = result
-        self._decided.set()
+        with self._lock:
+            self._result = result
+            self._decided.set()
+        for callback in self._callbacks:
+            with contextlib.suppress(Exception):
+                callback(result)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from autoglm_elastic.catalog.failpoints import Failpoints
 from autoglm_elastic.catalog.format import CatalogEntry
 from autoglm_elastic.catalog.housekeeping import Housekeeper
 from autoglm_elastic.catalog.index import Catalog, OnEvent, no_event
-from autoglm_elastic.catalog.verify import Problem, verify
+from autoglm_elastic.catalog.verify import OnBytes, Problem, unwatched, verify
 from autoglm_elastic.coordination.clock import SystemClock
 from autoglm_elastic.core.commit import Snapshot, Verdict
 from autoglm_elastic.core.lineage import GenerationRecord
@@ -37,10 +37,13 @@ from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport, load_into
 from autoglm_elastic.snapshot.share import excused
 from autoglm_elastic.snapshot.staging import Stager, Staging
+from autoglm_elastic.snapshot.triggers import Triggers
 from autoglm_elastic.snapshot.votes import SingleVotes
 
 _TRIGGERS, _LOADS, _SHARES = 1, 2, 3
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
+_TURN_S: Final = 2.0
+"""A snapshot that is decided may still be moving hints, or hear of its ruling; what takes longer hangs."""
 _IDLE_S: Final = 60.0
 """The writer thread looks up this often although it is woken for everything."""
 
@@ -108,6 +111,7 @@ class CheckpointManager:
             if retention is not None and rank == 0
             else None
         )
+        self._triggers = Triggers(self._votes, _TRIGGERS, in_flight_max, wait_s=limits.VOTE_S)
         self._stager = Stager(self._line, rank, world_size, failpoint)
         self._hook: Any = None
         self._changed = threading.Condition()
@@ -169,6 +173,8 @@ class CheckpointManager:
         )
         staging: Staging | ElasticError
         try:
+            if (late := self._take_turn()) is not None:
+                raise late
             if optimizers and self._hook is None:
                 self._hook = register_optimizer_step_pre_hook(self._before_step)
             staging = self._stager.begin(request, state, optimizers, patient=patient)
@@ -191,30 +197,28 @@ class CheckpointManager:
             self.counts.coalesced += 1
 
     def _admit(self, agreed: bool) -> str:
-        """Why no snapshot begins now, or "" when this rank is reserved for one."""
-        go = True
+        """Why no snapshot begins now, or "" when all ranks begin one."""
         with self._changed:
             if self._closed:
                 return "the manager is closed"
-            if self._rank == 0 and not agreed:
-                go = not self.busy
-        if not agreed and self._world_size > 1:
-            try:
-                word = self._votes.channel(_TRIGGERS).broadcast(b"go" if go else b"no")
-            except VotesLost as error:
-                with self._changed:
-                    self.counts.failed += 1
-                return str(error)
-            go = word == b"go"
-        if not go:
-            self.coalesced()
-            return "coalesced: another snapshot is in flight"
-        with self._changed:
-            # Rank 0 decided the last one before it asked for this: its decision can only be on the way.
-            if not self._changed.wait_for(lambda: not self.busy, timeout=limits.CLOSE_S):
-                return f"the snapshot before was not decided within {limits.CLOSE_S} s"
-            self._in_flight += 1
+        try:
+            if agreed:
+                self._triggers.begin()
+            elif not self._triggers.trigger():
+                self.coalesced()
+                return "coalesced: another snapshot is in flight"
+        except VotesLost as error:
+            with self._changed:
+                self.counts.failed += 1
+            return str(error)
         return ""
+
+    def _take_turn(self) -> ElasticError | None:
+        """Reserves this rank for a snapshot that all ranks begin; why it can only vote against it here, if so."""
+        with self._changed:
+            free = self._changed.wait_for(lambda: not self.busy, timeout=_TURN_S)
+            self._in_flight += 1
+        return None if free else PlatformError(f"the snapshot before did not end within {_TURN_S:g} s")
 
     def _before_step(self, *_: object) -> None:
         self._stager.wait_copied()
@@ -253,6 +257,7 @@ class CheckpointManager:
             job.staging,
             failpoint=self._failpoint,
             wall=self._wall,
+            triggers=self._triggers,
         )
         try:
             result = commit.run()
@@ -356,10 +361,21 @@ class CheckpointManager:
         """The newest snapshot of the lineage, unverified."""
         return self._catalog.newest()
 
-    def verify(self, entry: str | CatalogEntry) -> list[Problem]:
-        """Reads every byte; empty when all are right."""
+    def verify(
+        self,
+        entry: str | CatalogEntry,
+        *,
+        part: tuple[int, int] = (0, 1),
+        on_bytes: OnBytes = unwatched,
+    ) -> list[Problem]:
+        """Reads every byte; empty when all are right.
+
+        Args:
+            part: (this one, how many), for several processes that check a part each.
+            on_bytes: called with the number of bytes that were just checked; what it raises ends the check.
+        """
         chosen = entry if isinstance(entry, CatalogEntry) else self._catalog.entry(entry)
-        return verify(self._blobs, self._catalog, chosen)
+        return verify(self._blobs, self._catalog, chosen, part=part, on_bytes=on_bytes)
 
     def newest_verified(self, candidates: Iterable[str | CatalogEntry] | None = None) -> CatalogEntry | None:
         """The first of `candidates` (default: the lineage, newest first) of which every byte verifies.
@@ -393,6 +409,7 @@ class CheckpointManager:
         if self._housekeeper is not None:
             self._housekeeper.close(timeout_s)
         self._stager.close("the manager was closed")
+        self._triggers.close(timeout_s)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

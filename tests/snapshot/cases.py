@@ -131,6 +131,22 @@ def agree(world: World, *, saves: int) -> Any:
         return results
 
 
+def apart(world: World, *, first: int) -> Any:
+    """A rank whose `save` has returned before the other one comes to it."""
+    with world.group(), world.manager() as manager:
+        store = dist.FileStore(str(world.scratch / "apart"), world.size)
+        committed = []
+        for step in range(3):
+            if world.rank != first:
+                store.wait([f"saved/{step}"])
+            handle = manager.save(step, {"a": torch.full((1000,), float(step))})
+            if world.rank == first:
+                store.set(f"saved/{step}", "")
+            committed.append(handle.wait(WAIT_S).committed)
+            dist.barrier()
+        return committed
+
+
 def agreed(world: World, *, saves: int) -> Any:
     """As training does it: rank 0 looks whether it is busy and tells the others in a message of its own."""
     with world.group(), world.manager() as manager:

@@ -41,7 +41,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "route",
     [
-        ["2", "1", "3", "4", "2"],
+        ["2", "1", "3"],
+        pytest.param(["3", "4", "2"], marks=pytest.mark.long),
         pytest.param(
             [
                 "2 x 2",
@@ -89,6 +90,13 @@ def test_all_ranks_agree_on_what_is_coalesced(ranks: Ranks, tmp_path: Path) -> N
     assert one[0]
     with CheckpointManager(tmp_path / "run") as manager:
         assert [entry.step for entry in manager.entries()] == [step for step, kept in enumerate(one) if kept]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_no_rank_waits_for_another_where_no_snapshot_is_in_flight(
+    ranks: Ranks, tmp_path: Path, first: int
+) -> None:
+    assert ranks.values("apart", 2, tmp_path, first=first) == [[True] * 3] * 2
 
 
 def test_an_agreed_trigger_is_never_coalesced(ranks: Ranks, tmp_path: Path) -> None:

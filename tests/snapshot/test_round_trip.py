@@ -323,6 +323,56 @@ def test_a_trigger_that_finds_one_in_flight_is_coalesced(run_dir: Path) -> None:
     assert manager.save(3, {}).wait(0).reason == "the manager is closed"
 
 
+def test_one_that_hangs_behind_its_decision_holds_up_the_next_trigger_for_a_moment_only(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks know that it is decided, so that the next one begins; here it cannot, and is voted down."""
+    import threading
+
+    decided, go = threading.Event(), threading.Event()
+
+    def hold(point: str) -> None:
+        if point == "announced":
+            decided.set()
+            go.wait(WAIT_S)
+
+    monkeypatch.setattr("autoglm_elastic.snapshot.manager._TURN_S", 0.05)
+    with CheckpointManager(run_dir, failpoint=hold) as manager:
+        first = manager.save(1, {"a": torch.ones(1)})
+        assert decided.wait(WAIT_S)
+        second = manager.save(2, {"a": torch.ones(1)})
+        third = manager.save(3, {"a": torch.ones(1)}).wait(0)
+        assert "coalesced" in third.reason
+        go.set()
+        assert first.wait(WAIT_S).committed
+        assert "did not end" in second.wait(WAIT_S).reason
+        saved(manager, 4, {"a": torch.ones(1)})
+
+
+def test_who_asked_for_it_is_called_back_with_the_result(run_dir: Path) -> None:
+    import threading
+
+    told, go, results = threading.Event(), threading.Event(), []
+
+    def hold(point: str) -> None:
+        if point == "packs_written":
+            go.wait(WAIT_S)
+
+    def fail(_: object) -> None:
+        raise ValueError("the caller's own mistake")
+
+    with CheckpointManager(run_dir, failpoint=hold) as manager:
+        handle = manager.save(1, {"a": torch.ones(1)})
+        handle.add_done_callback(fail)
+        handle.add_done_callback(lambda result: (results.append(result), told.set()))
+        go.set()
+        assert told.wait(WAIT_S)
+        handle.add_done_callback(fail)
+        handle.add_done_callback(results.append)
+        assert [result.entry for result in results] == [handle.wait(0).entry] * 2
+        assert manager.save(2, {"a": torch.ones(1)}).wait(WAIT_S).committed
+
+
 def test_the_same_step_twice_is_refused(run_dir: Path) -> None:
     with CheckpointManager(run_dir) as manager:
         saved(manager, 1, {"a": torch.ones(1)})

@@ -59,7 +59,7 @@ def test_large_tensors_travel_in_many_messages(ranks: Ranks, tmp_path: Path) -> 
     ("dims", "placements", "copies"),
     [
         ([2], ["0"], 1),
-        ([2, 2], ["R", "0"], 2),
+        pytest.param([2, 2], ["R", "0"], 2, marks=pytest.mark.long),
         pytest.param([2, 2], ["R", "1"], 2, marks=pytest.mark.long),
     ],
     ids=["FSDP: nobody shares", "HSDP: two replicas", "HSDP by columns"],
@@ -74,7 +74,7 @@ def test_ranks_share_with_those_of_the_same_shard(
     assert all(abs(read - wanted / copies) < SLACK for _, read, wanted in loaded)
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_corrupt_chunk_fails_all_and_leaves_them_able_to_load_another(
     ranks: Ranks, tmp_path: Path, world: int
 ) -> None:
@@ -102,7 +102,9 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize(
+    "how", ["error", *(pytest.param(how, marks=pytest.mark.long) for how in ("bug", "transit"))]
+)
 def test_what_fails_one_fails_all_and_the_next_load_works(ranks: Ranks, tmp_path: Path, how: str) -> None:
     ranks.values("loads.save", 1, tmp_path, seeds=[1, 2])
     kind, says = FAILURES[how]
