@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ _BATCH: Final = 256
 OnBytes = Callable[[int], None]
 
 
-def _nobody(nbytes: int) -> None:
+def unwatched(nbytes: int) -> None:
     """Shows no progress."""
 
 
@@ -49,12 +49,20 @@ def _problem(file: str, tensor: str, error: ElasticError) -> Problem:
 
 
 def verify(
-    blobs: StreamBlobs, catalog: Catalog, entry: fmt.CatalogEntry, *, on_bytes: OnBytes = _nobody
+    blobs: StreamBlobs,
+    catalog: Catalog,
+    entry: fmt.CatalogEntry,
+    *,
+    part: tuple[int, int] = (0, 1),
+    on_bytes: OnBytes = unwatched,
 ) -> list[Problem]:
     """Everything that is wrong with a snapshot; empty when every byte is right. Raises nothing but bugs.
 
     Args:
-        on_bytes: called with the number of bytes that were just checked, from one thread at a time.
+        part: (this one, how many): several processes read a part of the bytes each. Whether everything is there is
+            checked in the first.
+        on_bytes: called with the number of bytes that were just checked, from one thread at a time. What it raises
+            ends the check.
     """
     try:
         manifest = catalog.manifest(entry)
@@ -68,12 +76,12 @@ def verify(
         OpenPacks(blobs, manifest) as opened,
         ThreadPoolExecutor(limits.READ_THREADS_MAX, thread_name_prefix="autoglm-verify") as pool,
     ):
-        for batch in _batches(_chunks(opened, manifest, boxes, problems)):
+        for batch in _batches(_part_of(part, opened, manifest, boxes, problems)):
             for job, problem in zip(batch, pool.map(partial(_check, opened), batch), strict=True):
                 on_bytes(job.chunk.nbytes)
                 if problem is not None:
                     problems.append(problem)
-    if not problems:
+    if not problems and part[0] == 0:
         for name, tensor in manifest.tensors.items():
             wrong = fmt.cover_problem(tensor.shape, boxes[name])
             if wrong:
@@ -88,11 +96,32 @@ class _Job:
     chunk: fmt.Chunk
 
 
-def _chunks(
-    opened: OpenPacks, manifest: fmt.Manifest, boxes: dict[str, list[fmt.Box]], problems: list[Problem]
+def _part_of(
+    part: tuple[int, int],
+    opened: OpenPacks,
+    manifest: fmt.Manifest,
+    boxes: dict[str, list[fmt.Box]],
+    problems: list[Problem],
 ) -> Iterator[_Job]:
-    """Every chunk in the order of the files; a pack whose header is damaged is a problem instead."""
-    for number, pack in enumerate(manifest.packs):
+    """Whole packs where there are enough of them, so that nobody but the first part reads every header."""
+    this, parts = part
+    by_pack = len(manifest.packs) >= parts
+    numbers = [n for n in range(len(manifest.packs)) if this == 0 or not by_pack or n % parts == this]
+    for index, job in enumerate(_chunks(numbers, opened, manifest, boxes, problems)):
+        if (job.number if by_pack else index) % parts == this:
+            yield job
+
+
+def _chunks(
+    numbers: Iterable[int],
+    opened: OpenPacks,
+    manifest: fmt.Manifest,
+    boxes: dict[str, list[fmt.Box]],
+    problems: list[Problem],
+) -> Iterator[_Job]:
+    """Every chunk of these packs in the order of the files; a pack whose header is damaged is a problem instead."""
+    for number in numbers:
+        pack = manifest.packs[number]
         try:
             chunks = opened.chunks(number)
         except ElasticError as error:
