@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,8 +114,12 @@ class Cluster:
         )
         if self.token:
             request.add_header("Authorization", self.token)
-        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
+            raise
 
     def _signal(self, member: int, number: signal.Signals) -> None:
         process = self.processes[member]
@@ -146,8 +151,10 @@ class Cluster:
     def _drain(self, member: int, process: subprocess.Popen[str]) -> None:
         """Reads the log: it says when the member serves."""
         assert process.stderr is not None
-        with process.stderr as log:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with process.stderr as log, (self._folder / f"m{member}.log").open("a", buffering=1) as kept:
             for line in log:
                 self.logs[member].append(line)
+                kept.write(line)
                 if "ready to serve client requests" in line or "serving client traffic" in line:
                     self._ready[member].set()

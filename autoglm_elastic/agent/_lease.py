@@ -42,6 +42,7 @@ class LeaseKeeper:
         self._lease = lease
         self._lease_s = lease_s
         self._renewed_at = granted_at
+        self._why = ""
         self._on_lost = on_lost
         self._clock = clock
         self._changed = threading.Condition()
@@ -71,7 +72,8 @@ class LeaseKeeper:
             sent_at = self._clock.monotonic()
             try:
                 granted_s = self._store.lease_keep_alive(self._lease)
-            except (StoreUnavailable, StoreRefused):
+            except (StoreUnavailable, StoreRefused) as error:
+                self._why = f": {error}"
                 pause_s = RETRY_FRACTION * self._lease_s
                 continue
             # A renewal that took long has used up its pause: it only counts from when it was sent.
@@ -80,7 +82,7 @@ class LeaseKeeper:
                 self._lose("the lease has ended in the store: the others count this node as gone")
                 return
             with self._changed:
-                self._renewed_at = sent_at
+                self._renewed_at, self._why = sent_at, ""
                 self._changed.notify_all()
 
     def _watch_clock(self) -> None:
@@ -90,7 +92,7 @@ class LeaseKeeper:
                 if remaining_s <= 0:
                     break
                 self._changed.wait(remaining_s)
-        self._lose(f"the lease could not be renewed for {FENCE_FRACTION * self._lease_s:g} s")
+        self._lose(f"the lease could not be renewed for {FENCE_FRACTION * self._lease_s:g} s{self._why}")
 
     def _lose(self, reason: str) -> None:
         with self._changed:

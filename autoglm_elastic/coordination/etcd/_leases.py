@@ -12,12 +12,13 @@ are not all members; then a lease that is not renewed is lost, and the node fenc
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from autoglm_elastic.coordination.etcd._link import Standing
+from autoglm_elastic.coordination.etcd._link import Link, Standing
 from autoglm_elastic.coordination.etcd._package import etcdrpc
 from autoglm_elastic.coordination.etcd._transport import Transport
 from autoglm_elastic.coordination.refusals import StoreRefused
@@ -27,10 +28,15 @@ STARTING_S_MAX: Final = 15.0
 """A member that was dead and now accepts connections without answering is starting: it serves once there is a leader.
 Taken for one that does not lead for so long."""
 
+KEEP_ALIVE: Final = "Lease.LeaseKeepAlive"
+
 ATTEMPT_FRACTION: Final = 0.15
 ATTEMPT_S_MIN: Final = 0.1
 ATTEMPT_S_MAX: Final = 1.0
 """One attempt to renew, as a part of the lease: a few fit in before the fence."""
+
+ROUND: Final = 2.6
+"""All members together are asked for so many attempts: until just before the fence, so that it can say why."""
 
 LOOK_AGAIN_FRACTION: Final = 0.5
 """Between two looks at all members, as a part of an attempt."""
@@ -69,7 +75,8 @@ class Leases:
         advertised = {
             urlsplit(url).netloc: member.ID for member in answer.members for url in member.clientURLs
         }
-        wait(self._transport.look(ATTEMPT_S_MAX), 3 * ATTEMPT_S_MAX)  # each tells which member it is
+        looks = [self._transport.look(link, ATTEMPT_S_MAX) for link in self._transport.links]
+        wait(looks, 3 * ATTEMPT_S_MAX)  # each tells which member it is
         for link in self._transport.links:
             # One that is down at present is known by the address that it advertises.
             link.member_id = link.member_id or advertised.get(link.where, 0)
@@ -84,7 +91,7 @@ class Leases:
         request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
         try:
             answer: Any = self._transport.call(
-                "Lease.LeaseKeepAlive", request, repeatable=True, try_s=attempt_s, once=True
+                KEEP_ALIVE, request, repeatable=True, try_s=attempt_s, once=True
             )
             ttl_s = int(answer.TTL)
         except StoreUnavailable:
@@ -96,42 +103,74 @@ class Leases:
         return float(ttl_s)
 
     def _ask_everybody(self, request: Any, held: _Held | None, attempt_s: float) -> int:
-        """The first member's answer, or what the standing of all of them proves: looked at again and again until the
-        fence, since a slow machine, or members that start or elect, may give neither at first."""
-        clock = self._transport.clock
-        give_up_at = clock.monotonic() + 4 * attempt_s
-        asks = self._transport.ask_everybody("Lease.LeaseKeepAlive", request, 4 * attempt_s)
-        looks: list[Future[Standing]] = []
-        look_at = clock.monotonic() if held is not None else give_up_at
-        pending: set[Future[Any]] = set(asks)
-        while pending and (now := clock.monotonic()) < give_up_at:
-            if now >= look_at:
-                looks = self._transport.look(min(attempt_s, give_up_at - now))
-                pending |= set(looks)
-                look_at = give_up_at
-            done, pending = wait(pending, min(look_at, give_up_at) - now, FIRST_COMPLETED)
-            for answer in (each.result(0) for each in asks if each in done):
-                if answer is not None:
-                    return int(answer.TTL)
-            if held is not None and looks and pending.isdisjoint(looks):
-                if self._is_good(held, [look.result(0) for look in looks]):
-                    return held.ttl_s
-                looks = []
-                look_at = clock.monotonic() + LOOK_AGAIN_FRACTION * attempt_s
-        raise StoreUnavailable(f"etcd at {self._transport.target.address} does not renew leases", sent=False)
+        """The first member's answer, or what the standing of all of them proves.
 
-    def _is_good(self, held: _Held, found: list[Standing]) -> bool:
-        """Whether every voting member was just found dead or not leading, before the lease could end."""
-        links, now = self._transport.links, self._transport.clock.monotonic()
-        if not {Standing.LEADER, Standing.FOLLOWER} & set(found):
-            self._transport.nobody_answers()
-        known = bool(self._voters) and self._voters <= {link.member_id for link in links}
-        return (
-            known
-            and now < held.good_until
-            and all(
-                standing in (Standing.DEAD, Standing.FOLLOWER)
-                or (standing is Standing.SILENT and now - link.dead_at < STARTING_S_MAX)
-                for link, standing in zip(links, found, strict=True)
-            )
+        Each is looked at again and again until the fence, since a slow machine, or members that start or elect, may
+        give neither at first. Whoever is found to lead is asked anew: what a follower has passed on to a leader that
+        stopped is not answered.
+        """
+        transport, clock = self._transport, self._transport.clock
+        give_up_at = clock.monotonic() + ROUND * attempt_s
+        asks = {transport.ask(link, KEEP_ALIVE, request, ROUND * attempt_s) for link in transport.links}
+        looks: dict[Future[Standing], Link] = {}
+        look_at = dict.fromkeys(transport.links, 0.0) if held is not None else {}
+        seen = _Seen(transport.links)
+        while (asks or looks or look_at) and (now := clock.monotonic()) < give_up_at:
+            for link in [link for link, at in look_at.items() if at <= now]:
+                del look_at[link]
+                looks[transport.look(link, min(attempt_s, give_up_at - now))] = link
+            pause_s = min([give_up_at, *look_at.values()]) - now
+            if not asks and not looks:
+                transport.closing.wait(pause_s)
+                continue
+            done, _ = wait([*asks, *looks], pause_s, FIRST_COMPLETED)
+            for ask in done & asks:
+                asks.remove(ask)
+                if (answer := ask.result(0)) is not None:
+                    return int(answer.TTL)
+            for look in done & looks.keys():
+                link, now = looks.pop(look), clock.monotonic()
+                look_at[link] = now + LOOK_AGAIN_FRACTION * attempt_s
+                if seen.note(link, look.result(0), now) is Standing.LEADER:
+                    asks.add(transport.ask(link, KEEP_ALIVE, request, give_up_at - now))
+            if seen.nobody:
+                transport.nobody_answers()
+            if held is not None and seen.no_leader and self._knows_all() and now < held.good_until:
+                return held.ttl_s
+        raise StoreUnavailable(f"etcd does not renew leases ({seen})", sent=False)
+
+    def _knows_all(self) -> bool:
+        """Whether every member that votes is one of our endpoints."""
+        return bool(self._voters) and self._voters <= {link.member_id for link in self._transport.links}
+
+
+class _Seen:
+    """What the members were found to be since a renewal was asked for."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._found: dict[Link, Standing | None] = dict.fromkeys(links)
+        self._not_leading: set[Link] = set()
+        """Once is enough: if it leads later, it was elected later."""
+
+    def note(self, link: Link, standing: Standing, now: float) -> Standing:
+        self._found[link] = standing
+        starting = standing is Standing.SILENT and now - link.dead_at < STARTING_S_MAX
+        if starting or standing in (Standing.DEAD, Standing.FOLLOWER):
+            self._not_leading.add(link)
+        return standing
+
+    @property
+    def no_leader(self) -> bool:
+        """Whether no lease that was good when it was asked for can end before its whole time from then."""
+        return len(self._not_leading) == len(self._found)
+
+    @property
+    def nobody(self) -> bool:
+        """Each was looked at, and none answers."""
+        return all(each in (Standing.DEAD, Standing.SILENT) for each in self._found.values())
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{link.where}: {'not seen' if standing is None else standing.value}"
+            for link, standing in self._found.items()
         )

@@ -70,7 +70,7 @@ class Transport:
         self._telling = threading.Lock()
         self._password = target.password()
         self._token = ""
-        self._pool = ThreadPoolExecutor(2 * len(self.links), "autoglm-etcd-ask")
+        self._pool = ThreadPoolExecutor(4 * len(self.links), "autoglm-etcd-ask")
 
     # Calls
 
@@ -196,17 +196,19 @@ class Transport:
         link.answered_at = float("-inf")
         self.on_doubt(link)
 
-    def look(self, timeout_s: float) -> list[Future[Standing]]:
-        """Every member's standing, asked at once. Raises `StoreUnavailable` when closed."""
-        now = self.clock.monotonic()
-        self.operations["Maintenance.Status"] += len(self.links)
-        return [self._submit(link.look, timeout_s, now) for link in self.links]
+    def look(self, link: Link, timeout_s: float) -> Future[Standing]:
+        """What a member is now. Raises `StoreUnavailable` when closed."""
+        self.operations["Maintenance.Status"] += 1
+        return self._submit(link.look, timeout_s, self.clock.monotonic())
 
-    def ask_everybody(self, name: str, request: Any, timeout_s: float) -> list[Future[Any]]:
-        """One attempt of a call that may be repeated at every member at once; None from one that fails. Raises
-        `StoreUnavailable` when closed."""
+    def ask(self, link: Link, name: str, request: Any, timeout_s: float) -> Future[Any]:
+        """One attempt, at this member, of a call that may be repeated; None when it fails.
 
-        def ask(link: Link) -> Any:
+        Raises:
+            StoreUnavailable: closed.
+        """
+
+        def work() -> Any:
             try:
                 answer = self._send(link, name, request, timeout_s)
             except (grpc.RpcError, ValueError):
@@ -216,7 +218,7 @@ class Transport:
                 self._prefer(link)
             return answer
 
-        return [self._submit(ask, link) for link in self.links]
+        return self._submit(work)
 
     def nobody_answers(self) -> None:
         self._tell(False)
