@@ -85,6 +85,13 @@ class Entered(msgspec.Struct, frozen=True, tag_field="op", tag="entered"):
     generation: int
 
 
+class Stranded(msgspec.Struct, frozen=True, tag_field="op", tag="stranded"):
+    """Worker → agent: a peer in `generation` is gone, and nobody has said why. Wants out, and keeps its state."""
+
+    generation: int
+    reason: str
+
+
 class Resumed(msgspec.Struct, frozen=True, tag_field="op", tag="resumed"):
     """Worker → agent: the first committed step in `generation`. `phases_s`: seconds by phase of the recovery.
     `step`: the step just committed; `from_step`: where the plan resumed; `tier`: live, disk or fresh."""
@@ -114,7 +121,7 @@ class Done(msgspec.Struct, frozen=True, tag_field="op", tag="done"):
 
 
 ToWorker = World | Break | Stop
-ToAgent = Hello | Unwound | Entered | Resumed | Event | Done
+ToAgent = Hello | Unwound | Entered | Stranded | Resumed | Event | Done
 
 _encoder = msgspec.json.Encoder()
 _to_worker: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class NodeGroup:
-    """`running`: there are processes, in `generation`, since `started_at` (monotonic seconds)."""
+    """`running`: there are processes, in `generation`, since `started_at` (monotonic seconds). `held`: they are out of
+    every generation, and keep their state for the next one that counts on this node."""
 
     def __init__(self, agent: ElasticAgent, node: str) -> None:
         self.slots = agent.slots
         self.generation: Generation | None = None
-        self.running = False
+        self.running = self.held = False
         self.started_at = 0.0
         self._agent = agent
         self._node = node
@@ -95,9 +96,9 @@ class NodeGroup:
         if self.running and not stayed:
             self.stop(generation.reason)
         # A planned world is entered from its parent; whoever missed the parent has no boundary to agree on.
-        previous = -1 if self.generation is None else self.generation.number
+        previous = -1 if self.generation is None or self.held else self.generation.number
         self._planned = generation.planned and generation.parent == previous
-        self.generation = generation
+        self.generation, self.held = generation, False
         self._agent.place(generation, placement, *where)
         if stayed:
             for slot in self.slots:
@@ -128,6 +129,20 @@ class NodeGroup:
             if slot.alive and slot.pending is None:
                 slot.send(wire.Break(self.current.number, str(failure)))
 
+    @property
+    def inside(self) -> list[WorkerSlot]:
+        """Workers that may still take a step in a generation."""
+        return [slot for slot in self.slots if slot.alive and slot.entered]
+
+    def hold(self, reason: str) -> None:
+        """Call everybody out of every generation sealed so far. Who has unwound keeps its state; see `inside` for who
+        has not yet."""
+        self.held = True
+        for slot in self.slots:
+            slot.pending = slot.unwind_deadline = None
+            if slot.alive:
+                slot.send(wire.Break(self.current.number, reason))
+
     def ask_to_leave(self, received: signal.Signals, limit_s: float) -> None:
         """The workers agree on a boundary, commit a snapshot there, and end; also those that are started from now
         on."""
@@ -151,8 +166,8 @@ class NodeGroup:
             )
             self._agent.kill(slot)
 
-    def kill_all(self) -> None:
-        for slot in self.slots:
+    def kill(self, slots: Iterable[WorkerSlot]) -> None:
+        for slot in slots:
             if slot.alive:
                 self._agent.kill(slot)
 
@@ -169,6 +184,14 @@ class NodeGroup:
         failures = dict(self._agent.group_result().failures)
         self._forget()
         return failures
+
+    def stranded(self, slot: WorkerSlot, reason: str) -> Failure:
+        """What is reported of a worker that lives and has lost a peer."""
+        message = f"rank {self.rank(slot)} on node {self._node} lost a peer: {reason}"
+        for other in self.slots:
+            other.note()
+        step = max(other.step_max for other in self.slots)
+        return Failure(self._node, -1, -1, 0, message, step, time.time())
 
     def failure(self, slot: WorkerSlot) -> Failure:
         """What is reported of the death of a worker."""
@@ -234,12 +257,12 @@ class NodeGroup:
         )
 
     def _forget(self) -> None:
-        self.running = False
+        self.running = self.held = False
         for slot in self.slots:
             slot.note()
             slot.close()
             slot.pid = 0
             slot.exit_code = None
-            slot.can_stay = False
+            slot.can_stay = slot.entered = False
             slot.pending = None
             slot.unwind_deadline = None

@@ -1,6 +1,6 @@
 """A node that has lost its lease comes back as a new member: when it tries, how often, and for how long.
 
-Pure bookkeeping with the time handed in; the supervisor has stopped the workers before and makes the attempts.
+Pure bookkeeping with the time handed in; the supervisor has called the workers off before and makes the attempts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Rejoin:
         self._losses = 0
 
     def lost(self, reason: str, step: int, now: float) -> None:
-        """The lease is gone and no worker runs; `step`: the newest that this node has committed.
+        """The lease is gone and no worker trains; `step`: the newest that this node has committed.
 
         Raises:
             PlatformError: it was lost too often.

@@ -194,10 +194,13 @@ class AutoglmRendezvousHandler(RendezvousHandler):
             del self._c10d_stores[number]
 
     def _host_c10d(self, generation: Generation) -> tuple[TCPStore, str, int]:
+        """The same one when this is tried again: what became of telling the others of it may not be known."""
         host = self._attachment.local_host
-        store = TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._join_timeout_s)
-        )
+        store = self._c10d_stores.get(generation.number)
+        if store is None:
+            limit = timedelta(seconds=self._join_timeout_s)
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+            self._c10d_stores[generation.number] = store
         self.session.publish_c10d(generation.number, host, store.port)
         return store, host, store.port
 

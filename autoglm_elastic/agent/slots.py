@@ -28,8 +28,8 @@ class WorkerSlot:
     """One local rank.
 
     `can_stay`: its process runs `elastic.run` (it said Hello), or replaces one that did. `pending`: a generation
-    that it was sent to and has not entered yet. `step_max`: the newest committed step that any process of this slot
-    noted.
+    that it was sent to and has not entered yet. `entered`: it is in a generation, not yet unwound. `step_max`: the
+    newest committed step that any process of this slot noted.
     """
 
     def __init__(self, local_rank: int) -> None:
@@ -38,6 +38,7 @@ class WorkerSlot:
         self.exit_code: int | None = None
         self.can_stay = False
         self.pending: wire.World | None = None
+        self.entered = False
         self.unwind_deadline: float | None = None
         self.done: wire.Done | None = None
         self.step_max = -1
@@ -69,6 +70,7 @@ class WorkerSlot:
         self.done = None
         self.exit_code = None
         self.unwind_deadline = None
+        self.entered = False
         return WorkerEnds(worker_end, self._board.fd)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import selectors
 import signal
 import time
@@ -29,9 +30,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autoglm_elastic import wire
+from autoglm_elastic.agent._fence import Fence
 from autoglm_elastic.agent._group import NodeGroup
 from autoglm_elastic.agent._notes import Notes
-from autoglm_elastic.agent._rejoin import Rejoin
 from autoglm_elastic.agent._store_side import StoreSide
 from autoglm_elastic.agent.rendezvous import AutoglmRendezvousHandler
 from autoglm_elastic.agent.session import (
@@ -47,7 +48,6 @@ from autoglm_elastic.agent.session import (
 )
 from autoglm_elastic.agent.signals import STOP_SIGNALS, SignalInbox
 from autoglm_elastic.agent.slots import WorkerSlot
-from autoglm_elastic.coordination import StoreRefused
 from autoglm_elastic.core.membership import Failure, Generation
 from autoglm_elastic.errors import ExitCode, PlatformError
 from autoglm_elastic.observe import events
@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 WAIT_S_MAX = 60.0
 """No event for this long: look around and wait again. Nothing depends on it."""
 
+LAST_WORDS_S_MAX = 5.0
+"""How long the end of an agent waits for a store that does not take what it has to tell."""
 
 LEAVE_S_MAX = 10.0
 """How long workers may take to end once the job is done everywhere else."""
@@ -77,8 +79,15 @@ class Supervisor:
         self._group = NodeGroup(agent, handler.session.node)
         self._reported_broken = -1
         self._reported_finished = -1
+        self._enter_again = False
         self._store = StoreSide(agent.settings.store.lost_limit_s)
-        self._rejoin = Rejoin(handler.store_lost_limit_s(agent.settings.store.lost_limit_s))
+        self._fence = Fence(
+            agent,
+            handler.session,
+            self._group,
+            limit_s=handler.store_lost_limit_s(agent.settings.store.lost_limit_s),
+            read=self._on_messages,
+        )
         self._failures: dict[int, ProcessFailure] = {}
         self._result: RunResult | None = None
         self._stop_deadline: float | None = None
@@ -100,7 +109,21 @@ class Supervisor:
             with Notes(self._session, self._slots, self._agent.recent):
                 while self._result is None:
                     self._wait()
+            self._tell_last_words()
         return self._result
+
+    def _tell_last_words(self) -> None:
+        """A few more attempts at what could not be told, unless the store is lost."""
+        give_up_at = time.monotonic() + LAST_WORDS_S_MAX
+        while self._store.retry_at is not None and time.monotonic() < give_up_at:
+            pause_s = max(0.0, self._store.retry_at - time.monotonic())
+            select.select([self._session.events_fd], [], [], pause_s)
+            for event in self._session.take_events():
+                if isinstance(event, StoreLost):
+                    self._store.lost(event)
+                    return
+            if time.monotonic() >= self._store.retry_at:
+                self._store.tell_again()
 
     def _wait(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -129,7 +152,8 @@ class Supervisor:
                 self._store.lost(event)
             elif isinstance(event, StoreBack):
                 self._store.back()
-                self._rejoin.nudge(time.monotonic())
+                self._enter_newest()
+                self._fence.rejoin.nudge(time.monotonic())
         self._on_deadlines()
 
     def _seconds_to_deadline(self) -> float:
@@ -138,7 +162,8 @@ class Supervisor:
             self._finish_deadline,
             self._leave_deadline,
             self._store.deadline,
-            self._rejoin.due,
+            self._store.retry_at,
+            self._fence.rejoin.due,
         ]
         due = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return WAIT_S_MAX if due is None else min(WAIT_S_MAX, max(0.0, due - time.monotonic()))
@@ -151,14 +176,20 @@ class Supervisor:
             return
         placement = generation.placement(self._session.node)
         if placement is None or placement.incarnation != self._session.incarnation:
-            # It may count on what this node was before it lost its lease.
-            self._group.stop(f"generation {generation.number} was sealed without this node")
+            # It may count on what this node was before it lost its lease; of which we may not have heard yet.
+            if not self._group.held:
+                self._fence.call_off(f"generation {generation.number} was sealed without this node")
             return
         if self._has_finished_in(generation):
             return
         try:
             where = self._handler.enter(generation)
-        except (Superseded, RunClosed, NotJoined, WaitTimeout, StoreUnavailable) as error:
+        except StoreUnavailable as error:
+            logger.warning("generation %d cannot be entered yet: %s", generation.number, error)
+            self._enter_again = True
+            self._store.failed()
+            return
+        except (Superseded, RunClosed, NotJoined, WaitTimeout) as error:
             # A newer generation, the end of the run or the loss of our lease: the session's next event says which.
             logger.info("generation %d cannot be entered: %s", generation.number, error)
             return
@@ -178,6 +209,12 @@ class Supervisor:
         if not self._group.enter(generation, placement, where, self._take_signals_over):
             self._handler.settle()
         self._store.tell(lambda: self._session.report_entered(generation.number))
+
+    def _enter_newest(self) -> None:
+        """What the store did not let us enter."""
+        again, self._enter_again = self._enter_again, False
+        if again and (generation := self._session.generation()) is not None:
+            self._on_sealed(generation)
 
     def _has_finished_in(self, generation: Generation) -> bool:
         """Whether all workers here have ended well before `generation`, which only grew from theirs, was seen: it comes
@@ -226,38 +263,19 @@ class Supervisor:
             self._ask_to_leave(signal.SIGTERM)
 
     def _on_lease_lost(self, event: LeaseLost) -> None:
-        """Fence ourselves: nothing of this node may run on once others may think it dead. Then come back as a new
-        member."""
-        self._group.kill_all()
-        self._group.stop(event.reason)
+        """Fence ourselves: nothing of this node may train on once others may think it dead. Then come back as a new
+        member, with the state that the workers hold: whether it is still of the lineage, the next plan sees."""
+        if self._stop_deadline is not None and any(slot.done for slot in self._slots):
+            # All ranks have left as agreed: ours are on their way out.
+            self._leave_deadline = time.monotonic() + LEAVE_S_MAX
+            self._tell_finished(self._group.finished_in)
+            return
+        self._fence.call_off(event.reason, at_once=True)
         if self._session.outcome() is not None:
             return
-        if self._stop_deadline is not None:
-            raise self._rejoin.error("while its workers were leaving", event.reason)
-        logger.warning("lost the membership, stopped the workers, will rejoin: %s", event.reason)
-        self._agent.emit(events.NodeLeft(node=self._session.node, reason=event.reason))
         self._finish_deadline = None
         self._store.forget()
-        self._rejoin.lost(
-            event.reason, max((slot.step_max for slot in self._slots), default=-1), time.monotonic()
-        )
-
-    def _try_to_rejoin(self) -> None:
-        try:
-            self._session.join()
-        except RunClosed:
-            self._rejoin.done()  # the session's next event says how it ended
-        except (StoreUnavailable, StoreRefused, NotJoined) as error:
-            logger.info("not rejoined yet: %s", error)
-            self._rejoin.failed(error, time.monotonic())
-        else:
-            self._rejoin.done()
-            logger.warning("rejoined the job as a new member")
-            self._agent.emit(
-                events.NodeJoined(
-                    node=self._session.node, nproc=len(self._slots), incarnation=self._session.incarnation
-                )
-            )
+        self._fence.lost(event.reason)
 
     # Workers.
 
@@ -266,10 +284,13 @@ class Supervisor:
             if isinstance(message, wire.Hello):
                 slot.can_stay = True
             elif isinstance(message, wire.Unwound):
-                slot.unwind_deadline = None
+                slot.unwind_deadline, slot.entered = None, False
             elif isinstance(message, wire.Entered):
+                slot.entered = True
                 if slot.pending is not None and message.generation >= slot.pending.generation:
                     self._on_entered(slot)
+            elif isinstance(message, wire.Stranded):
+                self._on_stranded(slot, message)
             elif isinstance(message, wire.Done):
                 slot.done = message
             elif isinstance(message, wire.Event):
@@ -294,6 +315,16 @@ class Supervisor:
         if not any(other.pending for other in self._slots):
             self._handler.settle()
 
+    def _on_stranded(self, slot: WorkerSlot, message: wire.Stranded) -> None:
+        """It has lost a connection, but nobody seems to have died: the generation is broken nevertheless."""
+        if not self._group.running or self._group.held or slot.pending is not None:
+            return
+        generation = self._group.current
+        if message.generation == generation.number and self._reported_broken < generation.number:
+            failure = self._group.stranded(slot, message.reason)
+            self._group.break_up(failure)
+            self._report_broken(generation, failure)
+
     def _on_exits(self) -> None:
         if not self._group.running:
             return
@@ -309,7 +340,7 @@ class Supervisor:
                 slot.pending = None
             else:
                 self._on_death(slot)
-        if self._group.running and self._group.all_finished:
+        if self._group.running and self._group.all_finished and not self._group.held:
             if self._leave_deadline is None:
                 self._finish()
             else:
@@ -320,11 +351,12 @@ class Supervisor:
         if self._store.gave_up:
             self._succeed()
         elif self._reported_finished < number:
-            self._reported_finished = number
             self._finish_deadline = time.monotonic() + self._agent.finish_timeout_s
-            self._store.tell(
-                lambda: self._session.report_finished(number, returns=self._group.leaves_to_return)
-            )
+            self._tell_finished(number)
+
+    def _tell_finished(self, number: int) -> None:
+        self._reported_finished = number
+        self._store.tell(lambda: self._session.report_finished(number, returns=self._group.leaves_to_return))
 
     def _on_death(self, slot: WorkerSlot) -> None:
         generation = self._group.current
@@ -341,6 +373,9 @@ class Supervisor:
                 step=slot.step_max,
             )
         )
+        without_world = self._stop_deadline is not None and failure.exit_code == 128 + self._stop_signal
+        if self._group.held and not without_world:
+            return  # the next generation gets a new process here
         if slot.pending is not None:
             slot.pending = None
             if not any(other.finished for other in self._slots):
@@ -355,7 +390,7 @@ class Supervisor:
         if failure.exit_code == ExitCode.DO_NOT_RESTART:
             self._fail_for_good(failure)
             return
-        if self._stop_deadline is not None and failure.exit_code == 128 + self._stop_signal:
+        if without_world:
             raise SignalException("the workers had no world to agree on a stop in", self._stop_signal)
         in_place = self._group.can_stay
         if in_place:
@@ -386,8 +421,12 @@ class Supervisor:
     def _on_deadlines(self) -> None:
         now = time.monotonic()
         self._group.kill_stuck(now)
-        if self._rejoin.due is not None and now >= self._rejoin.due and self._result is None:
-            self._try_to_rejoin()
+        if self._store.retry_at is not None and now >= self._store.retry_at and self._result is None:
+            self._store.tell_again()
+            self._enter_newest()
+        rejoin_at = self._fence.rejoin.due
+        if rejoin_at is not None and now >= rejoin_at and self._result is None:
+            self._fence.try_to_rejoin()
         if self._store.deadline is not None and now >= self._store.deadline and self._result is None:
             self._give_up_store()
         if self._stop_deadline is not None and now >= self._stop_deadline:

@@ -24,8 +24,8 @@ class Phase(enum.Enum):
 class LeaderState:
     """`members`: live nodes in order of arrival. `fresh`: those of them whose workers are not those of the
     current generation. `finished`: nodes that are done and are not placed again. `unseen`: nodes of an
-    adopted generation that have not shown up yet, lost at `unseen_until`. `unheard`: nodes that have shown no
-    sign of life since the newest failure, which may have been theirs. `waiting_since`: since when there
+    adopted generation that have not shown up yet, lost at `unseen_until`. `unheard`: nodes that have entered no
+    generation since the newest failure, which may have been theirs. `waiting_since`: since when there
     have been too few nodes, or, while forming, since the last one joined. `inherited`: the current generation
     was sealed by somebody else, and this leader's node has no part in it. `reason`: why the next generation is
     needed."""

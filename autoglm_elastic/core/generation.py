@@ -12,7 +12,7 @@ from autoglm_elastic.core.failure import Failure
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A live node. `incarnation` grows whenever its agent starts anew: of the old one no worker is left."""
+    """A live node. `incarnation` grows whenever its agent joins anew: of the old one no worker trains."""
 
     node: str
     host: str
@@ -45,7 +45,7 @@ class Generation:
     """`parent` is the generation sealed before (-1: none). `planned`: nothing broke, leave the parent at an
     agreed step boundary. `restart_count` counts the failures that led here. `failures`, `committed_step` and
     `first_failure` are the restart budget's memory, so that a new leader does not forget; so are `unheard`, the
-    nodes that had given no sign of life since the newest failure."""
+    nodes that had entered no generation since the newest failure."""
 
     number: int
     parent: int

@@ -15,9 +15,10 @@ Events may be duplicated or late: what names another generation than the current
 is ignored.
 
 One incident is charged to the restart budget once: a generation breaks once, however many of its workers die;
-and a node that is missed only after the next generation was sealed, and has given no sign of life since the
-failure (`unheard`), went down with it, whoever reported the failure first. A leader that has no part in the
-generation it finds counts all its nodes as unheard: perhaps they are all gone, and the job was started again.
+and a node that is missed only after the next generation was sealed, and has not entered it (`unheard`), went
+down with the failure, whoever reported that first: a host may lose a worker, say so, and be gone a moment
+later. A leader that has no part in the generation it finds counts all its nodes as unheard: perhaps they are all
+gone, and the job was started again.
 
 A planned generation is entered at a boundary; until then the one it grew from runs on, and may end there:
 news of it still counts (`Generation.nodes_of`). For an agent that means: workers that end well in a
@@ -135,7 +136,6 @@ def _broken(state: LeaderState, event: Broken) -> Step:
     if event.node in state.finished:
         return state, ()
     state, effects = _charge(state, str(event.failure), event.failure, event.now, event.alive_s)
-    state = replace(state, unheard=state.unheard - {event.node})
     return (state, effects) if effects else evaluate(state, event.now)
 
 

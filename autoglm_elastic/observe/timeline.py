@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 INCIDENTS_MAX: Final = 120
 """Bars that can be told apart; of more incidents the newest."""
 
+BARS_MIN: Final = 8
+"""So that a single incident is a bar and no wall."""
+
 POINTS_MAX: Final = 20_000
 _DPI: Final = 150
 _INK: Final = "#1f2933"
@@ -148,6 +151,7 @@ def _draw_phases(axes: Axes, incidents: Sequence[Incident], total: int) -> None:
     axes.set_xlabel("incident" if first == 1 else f"incident (the newest {len(incidents)})", color=_INK)
     axes.set_ylabel("seconds", color=_INK)
     axes.locator_params(axis="x", integer=True)
+    axes.set_xlim(first - 0.5, first + max(len(incidents), BARS_MIN) - 0.5)
     if any(below):
         axes.legend(loc="upper left", ncols=7, frameon=False, fontsize=8, labelcolor=_INK)
         axes.set_ylim(0, max(below) * 1.25)

@@ -1,12 +1,13 @@
 """A simulated agent: one node's membership, its workers, and now and then the leadership.
 
 It follows the store by watch, reports what happened to its workers, and carries out `World`s. An agent whose
-lease is lost stops its workers and comes back with a higher incarnation; one that cannot renew it stops them
-before it can be lost.
+lease is lost calls its workers out of every generation and comes back with a higher incarnation; one that cannot
+renew it calls them out before it can be lost. They keep their state meanwhile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from autoglm_elastic.core.membership import Failure, Generation, Member
@@ -23,13 +24,19 @@ _FOLLOWED: Final = frozenset({"generation", "leader", "verdict"})
 
 
 class Agent(Client):
-    """One incarnation of a node's agent."""
+    """One incarnation of a node's agent. `held`: workers of the one before."""
 
-    def __init__(self, sim: Simulation, node: Node, incarnation: int) -> None:
+    def __init__(
+        self, sim: Simulation, node: Node, incarnation: int, held: Sequence[Worker | None] = ()
+    ) -> None:
         super().__init__(f"node {node.name}")
         self.sim, self.node, self.incarnation = sim, node, incarnation
         self.view: dict[str, tuple[Any, int]] = {}
-        self.workers: list[Worker | None] = [None] * sim.config.workers
+        self.workers: list[Worker | None] = list(held) or [None] * sim.config.workers
+        self.holds = bool(held)
+        for worker in held:
+            if worker is not None:
+                worker.agent = self
         self.generation: Generation | None = None
         self.entered_at = 0.0
         self.step_seen = -1
@@ -129,8 +136,10 @@ class Agent(Client):
         self.generation, self.entered_at = generation, self.sim.loop.now
         place = generation.placement(self.node.name)
         if place is None or place.incarnation != self.incarnation:
-            self.stop_workers()
+            if not self.holds:
+                self.stop_workers()
             return
+        self.holds = False
         self._report_entered(generation)
         for local, worker in enumerate(self.workers):
             if worker is not None and worker.alive and not worker.done:
@@ -212,9 +221,20 @@ class Agent(Client):
             if worker is not None:
                 worker.die()
 
+    def hold_workers(self) -> None:
+        """They leave every generation that this agent has told them of, and keep their state. When one is done with its
+        training, all are stopped: its state is gone."""
+        if self.generation is None or any(worker is not None and worker.done for worker in self.workers):
+            self.stop_workers()
+            return
+        self.holds = True
+        for worker in self.workers:
+            if worker is not None:
+                worker.hold(self.generation.number)
+
     def lease_lost(self) -> None:
-        """Stop everything and begin anew, as a new incarnation."""
+        """Begin anew, as a new incarnation."""
         self.sim.loop.trace(f"{self.name}: lost its lease")
-        self.stop_workers()
+        self.hold_workers()
         self.alive = False
-        self.node.boot()
+        self.node.boot(self.workers if self.holds else ())

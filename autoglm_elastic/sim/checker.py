@@ -44,6 +44,7 @@ class Checker:
         self._sealed_at: dict[int, float] = {}
         self._planned: set[int] = set()
         self._recorded_at: dict[int, float] = {}
+        self._recording_at: dict[int, float] = {}
         self._visible_at: dict[str, float] = {}
         self._newest_sealed = -1
         self._died_at: dict[tuple[str, int], float] = {}
@@ -80,9 +81,11 @@ class Checker:
         if current is None:
             return
         number = current.grown_from[0][0] if current.grown_from else current.number
+        if number not in self._sealed:
+            return  # not in the store yet
         broken = self._sealed.get(self._sealed[number].parent)
-        if broken is None:
-            return
+        if broken is None or broken.restart_count == self._sealed[number].restart_count:
+            return  # nothing was charged when that broke
         lost = before.working() - after.working()
         were_there = {(place.node, place.incarnation) for place in broken.placements}
         charged = {(place.node, place.incarnation) for place in current.placements if place.node in lost}
@@ -94,19 +97,24 @@ class Checker:
                 "I6", f"the loss of {sorted(lost)} was charged when generation {number} was sealed"
             )
 
+    def recording(self, number: int) -> None:
+        """A generation's record is on its way to the disk."""
+        self._recording_at.setdefault(number, self._loop.now)
+
     def recorded(self, record: GenerationRecord) -> None:
         """A generation's record is durable: from now on it is part of the lineage, if it is the newest."""
         number, now = record.number, self._loop.now
         self._recorded_at[number] = now
         if number < max(self._recorded_at):
             return
-        # What was recorded after the seal came too late, except that a planned world is sealed while its parent runs.
+        # What began to be recorded after the seal came too late, except that a planned world is sealed while its parent
+        # runs.
         sealed_at = self._sealed_at.get(number, now)
         running = record.parent if number in self._planned else None
         before = [
             old
             for old in self._disk.records.values()
-            if old.number < number and (self._recorded_at[old.number] <= sealed_at or old.number == running)
+            if old.number < number and (self._recording_at[old.number] <= sealed_at or old.number == running)
         ]
         point = EntryFact("", record.resumed_step, record.parent)
         if record.parent >= 0:

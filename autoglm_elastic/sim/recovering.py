@@ -107,6 +107,7 @@ class Recovery:
             else:
                 self._worker.die()
 
+        self._sim.checker.recording(record.number)
         self._disk.effect(self._worker, self._config.message_s, put, then)
 
     def _announce(self, plan: Plan, entry: str | None) -> None:

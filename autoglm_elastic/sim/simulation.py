@@ -4,7 +4,7 @@ traces."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from autoglm_elastic.core.membership import Generation, Policy
 from autoglm_elastic.sim.agent import Agent
@@ -30,11 +30,12 @@ class Node:
         self.incarnation = 0
         self.agent: Agent | None = None
 
-    def boot(self) -> None:
+    def boot(self, held: Sequence[Worker | None] = ()) -> None:
+        """`held`: workers that live on."""
         if self.sim.end:
             return
         self.incarnation += 1
-        self.agent = Agent(self.sim, self, self.incarnation)
+        self.agent = Agent(self.sim, self, self.incarnation, held)
         self.sim.loop.soon(self.sim.config.message_s, self.agent, self.agent.start)
 
     def restart(self) -> None:
@@ -196,12 +197,12 @@ class Simulation:
         self.loop.after(self.config.fence_s, agent, self._fence, agent)
 
     def _fence(self, agent: Agent) -> None:
-        """It could not renew its lease in time: it stops its workers before anybody can count on their
-        absence."""
+        """It could not renew its lease in time: it calls its workers off before anybody can count on
+        their absence."""
         if agent.cut_until <= self.loop.now or not agent.lease_valid:
             return
-        self.loop.trace(f"node {agent.node.name}: cut off, stops its workers")
-        agent.stop_workers()
+        self.loop.trace(f"node {agent.node.name}: cut off, calls its workers off")
+        agent.hold_workers()
         agent.lease_valid = False
         self.loop.after(self.config.lease_s - self.config.fence_s, None, self._expire, agent)
         self.loop.after(agent.cut_until - self.loop.now, agent, agent.lease_lost)

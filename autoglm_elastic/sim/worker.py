@@ -47,6 +47,7 @@ class Worker(Actor):
         self.training = False
         self.done = False
         self.crash_in = 0
+        self._called_off = -1
         self._saver: Saver | None = None
         self._recovery: Recovery | None = None
 
@@ -72,12 +73,18 @@ class Worker(Actor):
     def on_world(self, generation: Generation) -> None:
         """The agent's message. A planned world is entered at a boundary that all ranks agree on."""
         newest = max(world.number for world in (self.world, self.pending) if world) if self.world else -1
-        if generation.number <= newest or self.done:
+        if generation.number <= max(newest, self._called_off) or self.done:
             return
         if generation.planned and self.training:
             self.pending = generation
         else:
             self._enter(generation)
+
+    def hold(self, number: int) -> None:
+        """Out of every generation up to that one, with the state as it is."""
+        self._called_off = number
+        self.pending = None
+        self._unwind()
 
     def _enter(self, generation: Generation) -> None:
         place = generation.placement(self.agent.node.name)

@@ -1,4 +1,4 @@
-"""Which connected sockets of this process belong to a generation's groups, and how to break them.
+"""Which sockets of this process belong to a generation's groups, and how to break them.
 
 Gloo offers no abort: shutting its connections down is what frees a collective that waits for a dead or
 hanging peer. A listening socket is never touched: gloo's accept loop would end the process. Sockets are
@@ -20,8 +20,12 @@ NEW_SOCKET_CHECK_S: Final = 0.01
 """Sockets that appear cannot be watched: while groups are being built a breaker looks again this often."""
 
 
+_SYN_SENT: Final = 2
+"""`tcpi_state` (linux/tcp_states.h), the first byte of TCP_INFO."""
+
+
 def connected() -> dict[int, int]:
-    """Connected INET sockets of this process: descriptor → inode."""
+    """INET sockets of this process that are connected or about to be: descriptor → inode."""
     found: dict[int, int] = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -29,10 +33,18 @@ def connected() -> dict[int, int]:
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 continue
             with socket.socket(fileno=os.dup(fd)) as sock:
-                if sock.family in (socket.AF_INET, socket.AF_INET6):
-                    sock.getpeername()
+                if sock.family in (socket.AF_INET, socket.AF_INET6) and _has_peer(sock):
                     found[fd] = os.fstat(sock.fileno()).st_ino
     return found
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    """False for one that listens. A peer whose host is gone never answers: breaking frees that wait, too."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _SYN_SENT
+    return True
 
 
 class BreakableSockets:

@@ -98,10 +98,15 @@ class Control:
         world = self._world
         return world if world is not None and world.generation > max(generation, self._broken[0]) else None
 
-    def wait_broken(self, generation: int, limit_s: float) -> bool:
-        """True when `generation` is known to be broken within `limit_s`."""
+    def wait_over(self, generation: int, limit_s: float) -> bool:
+        """True when `generation` is known to be broken or to be followed by another within `limit_s`, or we are to
+        stop: there is nobody left in it to agree on that with."""
+
+        def is_over() -> bool:
+            return self._broken[0] >= generation or self.next_world(generation) is not None or bool(self.stop)
+
         with self._changed:
-            return self._changed.wait_for(lambda: self._broken[0] >= generation, limit_s)
+            return self._changed.wait_for(is_over, limit_s)
 
     def wait_world(self, after: int, limit_s: float) -> wire.World:
         """The newest world, newer than generation `after`. Raises PlatformError when none comes within

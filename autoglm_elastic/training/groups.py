@@ -24,6 +24,10 @@ from autoglm_elastic.training._sockets import BreakableSockets
 STORE_CONNECT_S: Final = 60.0
 """The agent's store listens before a world is announced; only a dead agent does not answer."""
 
+VOTES_CONNECT_S: Final = 2.0
+"""Bound of one of gloo's five attempts to connect a peer to the votes' group. Whoever waits to *be* connected by a host
+that is gone has no socket that could be broken, and must be free before it counts as stuck (`unwind_limit_s`)."""
+
 
 def backend_name() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -70,6 +74,7 @@ class Groups:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.store: Any = None
+        self._store_is_new = False
         self._sockets = BreakableSockets()
         self._ours = False
         self._votes: Any = None
@@ -87,6 +92,7 @@ class Groups:
             )
         client.set_timeout(timedelta(seconds=self.timeout_s))
         self.store = PrefixStore(f"autoglm/{self.generation}", client)
+        self._store_is_new = True
 
     def build(self) -> None:
         """The default group over `store`; every rank of the generation calls it."""
@@ -117,11 +123,21 @@ class Groups:
         self.store = PrefixStore("autoglm", dist.distributed_c10d._get_default_store())
 
     def votes(self) -> Any:
-        """A second gloo group, for the snapshot thread only. Built at its first use: all ranks call at one
-        boundary."""
+        """A second gloo group, for the snapshot thread only, whose every wait has a bound of its own. Built at its
+        first use: all ranks call at one boundary. Raises DistError or RuntimeError when a peer is lost meanwhile."""
         if self._votes is None:
-            self._votes = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+            connect_s = self.timeout_s
+            if self._store_is_new:
+                self._everybody("votes")
+                connect_s = VOTES_CONNECT_S
+            self._votes = dist.new_group(backend="gloo", timeout=timedelta(seconds=connect_s))
         return self._votes
+
+    def _everybody(self, where: str) -> None:
+        """Returns when all ranks have come here; breaking frees whoever waits."""
+        if self.store.add(f"{where}/came", 1) == self.world_size:
+            self.store.set(f"{where}/all", b"1")
+        self.store.wait([f"{where}/all"])
 
     def break_(self) -> None:
         """From any thread, any number of times: whoever waits in a collective or for the store gets an

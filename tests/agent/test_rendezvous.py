@@ -310,7 +310,7 @@ class Torchrun:
         self._told.close()
 
 
-@pytest.fixture(params=["autoglm", pytest.param("autoglm-etcd", marks=[needs_etcd, pytest.mark.long])])
+@pytest.fixture(params=["autoglm", pytest.param("autoglm-etcd", marks=needs_etcd)])
 def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Torchrun]:
     if request.param == "autoglm":
         job = Torchrun(tmp_path, request.param, f"localhost:{free_port()}")
@@ -324,6 +324,7 @@ def torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Torchru
         assert cluster.ask(0, "kv/range", {"key": "AA==", "range_end": "AA=="}).get("count", 0) == 0
 
 
+@pytest.mark.long
 def test_stock_torchrun_lives_through_a_killed_worker_a_newcomer_and_a_killed_agent(
     torchrun: Torchrun,
 ) -> None:

@@ -222,6 +222,12 @@ def test_a_node_that_entered_since_is_charged() -> None:
     assert leader.last.restart_count == 2
 
 
+def test_a_node_that_reports_a_dead_worker_and_goes_down_is_charged_once() -> None:
+    leader = running("ab").feed(broken("b", 0), up("c", 21.0), MemberDown("b", 22.0))
+    assert leader.last.reason == "node b left"
+    assert leader.last.restart_count == 1
+
+
 def test_what_was_entered_before_the_failure_is_no_sign_of_life() -> None:
     leader = running("ab").feed(Entered("a", 0, 6.0), broken("b", 0), Entered("a", 0, 20.1))
     leader.feed(up("c", 21.0), Entered("c", 2, 21.1), MemberDown("a", 22.0))
@@ -232,7 +238,7 @@ def test_what_was_entered_before_the_failure_is_no_sign_of_life() -> None:
 @pytest.mark.parametrize("entered", [False, True])
 def test_a_new_leader_knows_who_went_down_with_the_failure_before(entered: bool) -> None:
     found = running("abc").feed(broken("b", 0)).last
-    assert found.unheard == ("a", "c")
+    assert found.unheard == ("a", "b", "c")
     heard = (Entered("a", 1, 100.0),) if entered else ()
     leader = adopt(found, *heard, Entered("c", 1, 100.0), up("b", 100.0), up("c", 100.0))
     leader.feed(MemberDown("a", 100.0))
@@ -260,7 +266,8 @@ def test_below_the_minimum_for_too_long_fails_the_job_and_names_the_failure() ->
 def test_failures_without_progress_end_the_job_with_the_first_error() -> None:
     leader = running("ab")
     first = Failure("a", 0, 0, 1, "ValueError: boom", 5, 0.0)
-    leader.feed(Broken("a", 0, first, 20.0, 1.0), broken("b", 1, step=5), MemberDown("b", 22.0))
+    leader.feed(Broken("a", 0, first, 20.0, 1.0), broken("b", 1, step=5))
+    leader.feed(Entered("b", 2, 21.0), MemberDown("b", 22.0))
     (failed,) = leader.failed
     assert failed.first_failure == first
     assert failed.reason == (

@@ -75,10 +75,12 @@ class Faults:
                     self.here.trains(len(NODES), more=STEPS[0])
         self.here.trains(len(NODES), more=STEPS[0])
         self.done[-1].over = time.time()
+        self.here.lost_nothing()
 
     def _begin(self, kind: str, *, breaks: bool = True) -> None:
         self.here.fault()
         self.done.append(Fault(kind, breaks, self.here.fault_at, self.here.step))
+        print(f"{self.here.fault_at:.3f} step {self.here.step}: {kind}", flush=True)
         if breaks:
             self._log.emit(FaultInjected(target=kind), wall_time=self.here.fault_at)
             self._log.close()
@@ -143,6 +145,7 @@ class Faults:
         followers = [number for number in range(len(MEMBERS)) if number != leader]
         member = self._dice.choice([leader, leader, *followers])
         host = MEMBERS[member]
+        print(f"  {host}{', the leader,' if member == leader else ''} {fate}", flush=True)
         match fate:
             case "killed":
                 etcd.kill(member)

@@ -126,8 +126,7 @@ class Scene:
         for (one, before), (other, after) in itertools.pairwise(lines):
             assert after - before == 1, ((one, before), (other, after))
             assert other >= one, "an older generation went on"
-        tiers = [closed["tier"] for closed in self.events("incident.closed")]
-        assert set(tiers[1:]) <= {"live"}, "nothing had to be read back"
+        self.lost_nothing()
         newest = 0
         for closed in self.events("incident.closed")[1:]:
             assert closed["from_step"] >= newest, "a committed step was lost"
@@ -135,8 +134,13 @@ class Scene:
         numbers = [sealed["number"] for sealed in self.generations()]
         assert len(set(numbers)) == len(numbers), "two hosts have put a generation to use as its first node"
 
+    def lost_nothing(self) -> None:
+        """Nothing had to be read back from disk."""
+        closed = self.events("incident.closed")[1:]
+        assert {incident["tier"] for incident in closed} <= {"live"}, closed[-1]
+
     def fenced_before_the_others_went_on(self, host: str) -> None:
-        """Its workers were dead before a world without it was sealed."""
+        """Its workers were called off before a world without it was sealed."""
         stopped = [left for left in self.events("node.left", node=host) if left["wall_time"] > self.fault_at]
         assert stopped, f"{host} still runs while the others go on"
         left = stopped[-1]["wall_time"]

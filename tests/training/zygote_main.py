@@ -6,9 +6,11 @@ exits of workers are told as they happen. Ends, with all workers, when the test 
 
 import array
 import ctypes
+import faulthandler
 import gc
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -29,6 +31,8 @@ def child(request: dict, fds: list[int]) -> int:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.enable(all_threads=True)
     os.environ.update(request["env"])
     for name, fd in zip(request["fd_names"], fds, strict=True):
         os.environ[name] = str(fd)
