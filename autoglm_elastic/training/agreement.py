@@ -6,17 +6,18 @@ Nothing here moves tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
 
 from autoglm_elastic.core import recovery
-from autoglm_elastic.core.lineage import EntryFact, GenerationRecord, parse_entry_name
+from autoglm_elastic.core.lineage import EntryFact, GenerationRecord, parse_entry_name, spans, within
 from autoglm_elastic.core.recovery import Holding, Plan
 from autoglm_elastic.errors import CorruptSnapshot, ElasticError, FencedError, PlatformError
 from autoglm_elastic.ports import Outcome
+from autoglm_elastic.training.checking import Asking, follow
 from autoglm_elastic.training.outcomes import MisuseError
 
 LINES_MAX: Final = 8
@@ -84,8 +85,12 @@ class Stored:
     def records(self) -> list[GenerationRecord]:
         return []
 
+    def verify(self, entry: str, part: int, parts: int) -> str:
+        """What is wrong in this part of a snapshot's bytes; "" for nothing."""
+        return f"no snapshot {entry}"
+
     def open(self, entry: str) -> Mapping[str, Any]:
-        """{"job", "layouts"} of a snapshot, all of whose bytes verify. Raises CorruptSnapshot."""
+        """{"job", "layouts"} of a snapshot. Raises CorruptSnapshot."""
         raise CorruptSnapshot(f"no snapshot {entry}")
 
     def settle(self) -> None:
@@ -113,7 +118,7 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
         if store.get("settle") == _YES:
             stored.settle()
             store.set(f"settled/{rank}", _YES)
-        return _from_json(msgspec.json.decode(store.get("plan")))
+        return _from_json(follow(store, rank, world_size, stored.verify))
     keys = [f"have/{other}" for other in range(1, world_size)]
     others = [_held(msgspec.json.decode(data)) for data in store.multi_get(keys)]
     everybody = [held, *others]
@@ -122,9 +127,9 @@ def agree(store: Any, rank: int, world_size: int, generation: int, held: Held, s
     if not live:
         stored.settle()
         store.multi_get([f"settled/{other}" for other in range(1, world_size)])
-    agreement = decide(world_size, generation, everybody, stored)
-    told = asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)}
-    store.set("plan", msgspec.json.encode(told))
+    asking = Asking(store, world_size, stored.verify)
+    agreement = decide(world_size, generation, everybody, stored, asking.verify)
+    asking.end(asdict(agreement) | {"plan": agreement.plan.to_json(), "names": sorted(agreement.names)})
     return agreement
 
 
@@ -144,8 +149,17 @@ def agree_on_end(store: Any, rank: int, world_size: int, step: int, last_snapsho
                 f"the function returned after different steps on different ranks: {sorted(steps)}",
                 valid="all ranks commit the same number of steps",
             )
-        store.set("finish", "1" if last_snapshot else "0")
-    return bool(store.get("finish") == b"1")
+    return of_rank_0(store, "finish", rank, world_size, last_snapshot)
+
+
+def of_rank_0(store: Any, key: str, rank: int, world_size: int, said: bool) -> bool:
+    """What rank 0 has `said`; all ranks call it, with a `key` that is new in their generation. Raises
+    torch.distributed.DistError when rank 0 is lost."""
+    if world_size == 1:
+        return said
+    if rank == 0:
+        store.set(key, _YES if said else _NO)
+    return bool(store.get(key) == _YES)
 
 
 def _is_live(world_size: int, held: list[Held]) -> bool:
@@ -153,8 +167,15 @@ def _is_live(world_size: int, held: list[Held]) -> bool:
     return _plan(world_size, held, [], []).tier == "live"
 
 
-def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -> Agreement:
-    """Rank 0's part: plan, make sure that what is planned can be read, put the record.
+def decide(
+    world_size: int,
+    generation: int,
+    held: list[Held],
+    stored: Stored,
+    verify: Callable[[str], str] | None = None,
+) -> Agreement:
+    """Rank 0's part: plan, make sure that what is planned can be read, put the record. `verify`: what is wrong with an
+    entry; reads it alone by default.
 
     Whoever followed the plan of the generation right before this one needs nothing that is stored: no other could
     have gone on meanwhile, and a snapshot of that one is of a step that all its ranks took. So a store that is slow,
@@ -165,8 +186,12 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
     opened: Mapping[str, Any] = {}
     here = [one for one in held if one.followed == generation - 1]
     plan = _plan(world_size, here, [], [])
+    lines = _last_lines(here)
     if plan.tier != "live":
-        plan, entry, opened = _plan_with_stored(world_size, held, owed, stored)
+        records = _with(stored.records(), owed)
+        verify = verify or (lambda entry: stored.verify(entry, 0, 1))
+        plan, entry, opened = _plan_with_stored(world_size, held, records, stored, verify)
+        lines = _last_lines(held, spans(records))
     record = plan.record(generation, entry)
     owed = write_records(stored, [*owed, record], required=plan.tier == "fresh")
     unwritten = tuple(record.to_json() for record in owed)
@@ -179,7 +204,7 @@ def decide(world_size: int, generation: int, held: list[Held], stored: Stored) -
             frozenset(source.names),
             holders=holders,
             unwritten=unwritten,
-            lines=_last_lines(held),
+            lines=lines,
             interval=_interval(held),
         )
     if plan.tier == "disk":
@@ -203,15 +228,19 @@ def _plan(
 
 
 def _plan_with_stored(
-    world_size: int, held: list[Held], owed: list[GenerationRecord], stored: Stored
+    world_size: int,
+    held: list[Held],
+    records: list[GenerationRecord],
+    stored: Stored,
+    verify: Callable[[str], str],
 ) -> tuple[Plan, str | None, Mapping[str, Any]]:
     """With everything that the run directory knows; for a state from disk the entry that did verify, opened."""
-    entries, records = stored.entries(), _with(stored.records(), owed)
+    entries = stored.entries()
     while True:
         plan = _plan(world_size, held, entries, records)
         if plan.tier != "disk":
             return plan, None, {}
-        entry, opened = _first_good(plan, stored)
+        entry, opened = _first_good(plan, stored, verify)
         if entry is not None:
             return _resuming_from(entry, plan), entry, opened
         entries = [fact for fact in entries if fact.name not in plan.entries]
@@ -274,11 +303,16 @@ def _holders(plan: Plan, held: list[Held], shards: int) -> tuple[int, ...]:
     return tuple(holds[f"{shard}/{shards}"] for shard in range(shards))
 
 
-def _last_lines(held: Sequence[Held]) -> tuple[dict[str, Any], ...]:
-    """Of several of one step the one that knows the loss."""
+def _last_lines(
+    held: Sequence[Held], line_of_descent: Mapping[int, tuple[int, int | None]] | None = None
+) -> tuple[dict[str, Any], ...]:
+    """Of several of one step the one that knows the loss; of a step that is not of the lineage none."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
     for line in (line for one in held for line in one.lines):
         key = (line["generation"], line["step"])
+        fact = EntryFact("", line["step"], line["generation"])
+        if line_of_descent and not within(fact, line_of_descent):
+            continue
         if key not in known or known[key]["loss"] is None:
             known[key] = line
     return tuple(known[key] for key in sorted(known)[-LINES_MAX:])
@@ -304,12 +338,17 @@ def _resuming_from(entry: str, plan: Plan) -> Plan:
     )
 
 
-def _first_good(plan: Plan, stored: Stored) -> tuple[str | None, Mapping[str, Any]]:
+def _first_good(
+    plan: Plan, stored: Stored, verify: Callable[[str], str]
+) -> tuple[str | None, Mapping[str, Any]]:
     for entry in plan.entries:
+        problem = verify(entry)
         try:
-            return entry, stored.open(entry)
+            if not problem:
+                return entry, stored.open(entry)
         except ElasticError as error:
-            stored.reject(entry, str(error))
+            problem = str(error)
+        stored.reject(entry, problem)
     return None, {}
 
 

@@ -4,12 +4,21 @@ what it holds."""
 from __future__ import annotations
 
 import os
+import re
 import traceback
+from typing import Final
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from autoglm_elastic.errors import PlatformError
+
+_PEER_IS_GONE: Final = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|connect timeout|broken pipe"
+    r"|remote process exited|ncclRemoteError",
+    re.IGNORECASE,
+)
+"""gloo's words, TCPStore's and NCCL's."""
 
 
 def is_collective(error: BaseException) -> bool:
@@ -17,6 +26,17 @@ def is_collective(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (dist.DistError, PlatformError)) or "gloo" in str(seen).lower():
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error, or what led to it, says that somebody at the other end is gone: never an error of the user's
+    here, and whoever supervises that one will say what became of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistNetworkError) or _PEER_IS_GONE.search(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,9 @@ meanwhile."""
 
 STOP_SNAPSHOT_LIMIT_S: Final = 600.0
 """Whoever asked us to stop kills us when that takes too long for him; this only bounds a disk that hangs."""
+
+STOP_SNAPSHOTS_MAX: Final = 2
+"""One that comes to nothing in a world that is whole is tried once more."""
 
 
 class Job:
@@ -268,10 +271,10 @@ class Job:
         if failure is not None:
             self._give_up(failure)
         self._logged = {}
-        if decision.snapshot or decision.stop:
-            self._begin_snapshot(values, last=decision.stop)
         if decision.stop:
-            self._session.stop(self, self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S))
+            self._stop(values)
+        if decision.snapshot:
+            self._begin_snapshot(values)
         if decision.leave:
             self._wait_for_snapshot(LEAVE_SNAPSHOT_LIMIT_S)
             raise WorldChanged(self.generation, "a new world is there")
@@ -296,6 +299,11 @@ class Job:
     @property
     def needs_last_snapshot(self) -> bool:
         return self._snapshots is not None and self._snapshots.newest_begun != self.step and self.step > 0
+
+    @property
+    def lacks_last_snapshot(self) -> bool:
+        """What was begun at the last step has come to nothing; only after `finish`."""
+        return self._snapshots is not None and self._snapshots.committed_step != self.step and self.step > 0
 
     def close(self) -> None:
         """Everything that hangs on the user's objects comes off."""
@@ -370,6 +378,23 @@ class Job:
             self._snapshot_wanted.begun(handle)
             self._snapshot_wanted = None
 
+    def _stop(self, metrics: dict[str, Any]) -> NoReturn:
+        """Leave as agreed, with a snapshot of this boundary. Raises WorldChanged when a peer is lost before it is
+        durable: the next world stops with one of its own."""
+        durable = False
+        for attempt in range(STOP_SNAPSHOTS_MAX if self._snapshots is not None else 0):
+            self._begin_snapshot(metrics, last=True)
+            committed = self._wait_for_snapshot(STOP_SNAPSHOT_LIMIT_S)
+            try:
+                durable = self._session.is_durable(self, attempt, committed)
+            except RuntimeError as error:
+                self._give_up(error)
+            if durable:
+                break
+            if (reason := self._session.why_broken(self.generation)) is not None:
+                raise WorldChanged(self.generation, reason)
+        self._session.stop(self, durable)
+
     def _wait_for_snapshot(self, limit_s: float) -> bool:
         """True when the newest snapshot is committed. The groups that its votes need must live until then."""
         return self._snapshots is not None and self._snapshots.wait(limit_s)
@@ -378,7 +403,7 @@ class Job:
         self._control.poison(error)
         self._give_up(error)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: BaseException) -> NoReturn:
         """The step cannot be counted. Raises WorldChanged where somebody can give us a new world, else
         `error`."""
         if not self._session.elastic or isinstance(error, MisuseError):

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -34,6 +34,7 @@ from autoglm_elastic.training.agreement import (
     agree,
     agree_on_end,
     as_event,
+    of_rank_0,
 )
 from autoglm_elastic.training.control import Control
 from autoglm_elastic.training.groups import Groups
@@ -54,6 +55,8 @@ T = TypeVar("T")
 GRACE_S_MIN: Final = 5.0
 """A peer's death is often noticed here before the agent tells; for so long a failed collective waits to be
 explained."""
+
+REASON_CHARS_MAX: Final = 300
 
 WORLD_LIMIT_MARGIN_S: Final = 60.0
 """Beyond the time in which the leader must have sealed a world or failed the job."""
@@ -158,12 +161,12 @@ class Session:
         except WorldChanged as changed:
             failed_at = time.monotonic()
             cause = changed.__cause__
-            if isinstance(cause, Exception) and not self._is_over(world, collective=True):
+            if isinstance(cause, Exception) and not self._is_over(world, cause, collective=True):
                 raise cause from None
             endings.forget(changed)
         except Exception as error:
             failed_at = time.monotonic()
-            if not self._is_over(world, collective=endings.is_collective(error)):
+            if not self._is_over(world, error, collective=endings.is_collective(error)):
                 raise
             endings.forget(error)
         finally:
@@ -303,6 +306,10 @@ class Session:
         if job.world > 1:
             needed = agree_on_end(groups.store, job.rank, job.world, job.step, needed)
         job.finish(needed)
+        if not needed:
+            lacking = job.lacks_last_snapshot
+            if of_rank_0(groups.store, "finish/another", job.rank, job.world, lacking):
+                job.finish(True)
         self._done(job, requeue=False)
 
     def _done(self, job: Job, *, requeue: bool) -> None:
@@ -311,9 +318,12 @@ class Session:
         if self._control is not None:
             self._control.send(wire.Done(job.generation, job.step, requeue))
 
-    def _is_over(self, world: wire.World, *, collective: bool) -> bool:
+    def _is_over(self, world: wire.World, error: Exception, *, collective: bool) -> bool:
         """Whether an exception is a consequence of the world's end rather than an error of the user's.
-        `collective`: it came out of a collective, so that waiting for an explanation makes sense."""
+
+        `collective`: it came out of a collective, so that waiting for an explanation makes sense. That a peer is gone
+        comes through the store, which may itself be lost for a while: meanwhile what this process holds is kept.
+        """
         control = self._control
         if control is None:
             return False
@@ -323,7 +333,14 @@ class Session:
             return False
         if control.next_world(world.generation) is not None:
             return True
-        return control.wait_broken(world.generation, max(GRACE_S_MIN, 3 * self.settings.membership.lease_s))
+        grace_s = max(GRACE_S_MIN, 3 * self.settings.membership.lease_s)
+        if control.wait_over(world.generation, grace_s):
+            return True
+        if not endings.is_lost_peer(error):
+            return False
+        # Nobody has died, or nobody can say so at present: a new world is needed in any case.
+        control.send(wire.Stranded(world.generation, str(error)[:REASON_CHARS_MAX]))
+        return control.wait_over(world.generation, grace_s + self.settings.store.lost_limit_s)
 
     def _break(self, groups: Groups) -> None:
         """On the control thread: free whoever waits in this generation."""
@@ -408,7 +425,17 @@ class Session:
             )
         self._remains.clear()
 
-    def stop(self, job: Job, durable: bool) -> None:
+    def is_durable(self, job: Job, attempt: int, committed: bool) -> bool:
+        """Whether the last snapshot is: `committed` as far as is known here, or by rank 0's word. So all leave alike.
+        Raises torch.distributed.DistError when rank 0 is lost before."""
+        try:
+            return of_rank_0(self._store, f"stop/{attempt}", job.rank, job.world, committed) or committed
+        except RuntimeError:
+            if committed:
+                return True
+            raise
+
+    def stop(self, job: Job, durable: bool) -> NoReturn:
         """Leave as agreed. Raises SystemExit: 75 with a durable snapshot, else 128 + signal."""
         number = self.stop_signal() or signal.SIGTERM
         self._done(job, requeue=durable)

@@ -18,6 +18,7 @@ from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError,
 from autoglm_elastic.ports import Outcome, Votes, VotesLost
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.training.agreement import Interval, Stored, write_records
+from autoglm_elastic.training.outcomes import WorldChanged
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -187,10 +188,19 @@ class Snapshots(Stored):
     def records(self) -> list[GenerationRecord]:
         return list(self.manager.records())
 
+    def verify(self, entry: str, part: int, parts: int) -> str:
+        try:
+            problems = self.manager.verify(entry, part=(part, parts), on_bytes=self._go_on)
+        except ElasticError as error:
+            return str(error)
+        return str(problems[0]) if problems else ""
+
+    def _go_on(self, _: int) -> None:
+        """Nobody reads on for a generation that is broken."""
+        if self._broken:
+            raise WorldChanged(self._generation, "the generation broke while a snapshot was checked")
+
     def open(self, entry: str) -> Mapping[str, Any]:
-        problems = self.manager.verify(entry)
-        if problems:
-            raise CorruptSnapshot(str(problems[0]))
         state: dict[str, Any] = {OURS: {}}
         self.manager.load(state, entry=entry, strict=False)
         ours = state[OURS]
@@ -295,10 +305,14 @@ class Snapshots(Stored):
 
         Args:
             optimizers: what they own may be copied until one of them steps.
-            last: no step follows."""
+            last: no step follows.
+
+        Raises:
+            torch.distributed.DistError, RuntimeError: not all ranks are there any more.
+        """
         self._asked_step, self._asked_at = step, time.monotonic()
+        self._meet()
         try:
-            self._meet()
             self.wait(PREVIOUS_LIMIT_S)
             if self._rank == 0 and self._owed:
                 self._owed = write_records(self, self._owed)
@@ -312,6 +326,8 @@ class Snapshots(Stored):
             )
             self._begun_step = step
         except (ElasticError, OSError, RuntimeError) as error:
+            # What was committed before is not this one, nor what may still be under way.
+            self._handle, self._begun_step = None, step
             self._settled()
             self._emit("snapshot.failed", self._failure(step, str(error)))
             return None

@@ -71,6 +71,14 @@ class Job:
             f"not reported within {timeout_s} s; last reports {self.reports[-8:]}\n{self.output()}"
         )
 
+    def wait_for_text(self, wanted: str, timeout_s: float = 60.0) -> None:
+        """Until something was printed that contains it."""
+        deadline = time.monotonic() + timeout_s
+        while not any(wanted in line for line in self.text):
+            more = self._read(deadline - time.monotonic())
+            if not more or time.monotonic() > deadline:
+                raise AssertionError(f"{wanted!r} was not printed\n{self.output()}")
+
     def wait(self, timeout_s: float = 90.0) -> int:
         """Read to the end; the agent's exit code."""
         deadline = time.monotonic() + timeout_s

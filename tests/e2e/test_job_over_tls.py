@@ -60,6 +60,7 @@ def autoglm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
+@pytest.mark.long
 def test_a_job_over_tls_loses_a_worker_takes_up_new_certificates_and_lets_a_node_in(
     tls: Path, tmp_path: Path, run_dir: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_stop_in_the_moment_of_a_death_leaves_a_snapshot(run_dir: Path) -> Non
     assert newest == max(job.steps())
 
 
+@pytest.mark.long
 def test_a_whole_agent_dies_and_comes_back(run_dir: Path) -> None:
     port = free_port()
     common = (
@@ -113,6 +114,21 @@ def test_a_survivor_that_does_not_unwind_is_replaced(undisturbed: dict[str, obje
         assert job.wait() == 0, job.output()
     # Nobody's state survived and there is no run directory: it started over, and says so.
     assert job.wait_for(lambda line: "digest" in line)["digest"] == undisturbed["digest"]
+
+
+@pytest.mark.long
+def test_connections_that_are_reset_between_healthy_workers_cost_no_step_and_no_process(
+    undisturbed: dict[str, object], tmp_path: Path, run_dir: Path
+) -> None:
+    reset = ("--reset-step=12", "--once", tmp_path / "once")
+    with Job("--standalone", "--nproc-per-node=2", "--run-dir", run_dir, TRAIN, *reset) as job:
+        assert job.wait() == 0, job.output()
+        end = job.wait_for(lambda line: "digest" in line)
+    assert end["digest"] == undisturbed["digest"]
+    assert len({line["pid"] for line in job.reports if "rank" in line}) == 2
+    (opened,) = events(run_dir, "incident.opened")
+    assert "lost a peer" in str(opened["reason"])
+    assert events(run_dir, "worker.died") == []
 
 
 @pytest.mark.long

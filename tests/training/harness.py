@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -29,6 +30,8 @@ from autoglm_elastic import wire
 LIMIT_S = 60.0
 START_LIMIT_S = 300.0
 """Of a zygote, which imports torch: on a machine that is busy otherwise, too."""
+
+DUMP_LIMIT_S = 5.0
 
 KEEPER_LINGER_S = 1.0
 """No keeper outlives the tests."""
@@ -213,6 +216,7 @@ class Cluster:
             while not done():
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    self._dump_stacks()
                     raise AssertionError(f"no {what} within {limit_s} s\n{self.logs()}")
                 for key, _ in selector.select(left):
                     if key.fileobj is self.zygote.channel:
@@ -275,6 +279,17 @@ class Cluster:
 
     def logs(self) -> str:
         return "\n".join(f"--- {w.log.name}\n{w.log.read_text()[-3000:]}" for w in self.all if w.log.exists())
+
+    def _dump_stacks(self) -> None:
+        """What everybody who is still there is doing, into their logs: SIGABRT, which their faulthandler writes at."""
+        for worker in self.all:
+            if worker.pid in self.zygote.exits:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(worker.pid)
+                with contextlib.closing(os.fdopen(pidfd)):
+                    signal.pidfd_send_signal(pidfd, signal.SIGABRT)
+                    select.select([pidfd], [], [], DUMP_LIMIT_S)
 
     def _drained(self) -> bool:
         return True

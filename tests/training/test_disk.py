@@ -123,6 +123,27 @@ def test_a_stop_between_two_worlds_is_agreed_in_the_next(
         assert [e["step"] for e in cluster.events("snapshot.committed")] == [done[0].step]
 
 
+def test_a_death_during_the_snapshot_of_a_stop(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
+    """All had agreed to leave, nothing was durable: the others enter once more, and stop there."""
+    args = {"steps": 100_000, "held": "for good"}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(3)
+        first, doomed, last = cluster.alive
+        cluster.wait_said(first, committed=2)
+        cluster.send(first, wire.Stop(signal=int(signal.SIGTERM), deadline_s=30.0))
+        for worker in (first, last):
+            cluster.wait(lambda w=worker: any("leaving" in said for said in w.said), "wait for the snapshot")
+        cluster.wait_said(first, in_flight=True)
+        cluster.kill(doomed)
+        cluster.reform(add=1)
+        cluster.wait_exits(code=75)
+        done = [m for w in cluster.alive for m in w.told if isinstance(m, wire.Done)]
+        assert [d.requeue for d in done] == [True] * 3
+        assert {d.step for d in done} == {done[0].step}
+        committed = [(e["step"], e["generation"]) for e in cluster.events("snapshot.committed")]
+        assert committed == [(done[0].step, 1)]
+
+
 def test_a_stop_without_a_world_to_come_ends_in_time(zygote: Zygote, tmp_path: Path, run_dir: Path) -> None:
     args = {"steps": 100_000}
     with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
@@ -173,7 +194,8 @@ def test_a_death_waits_for_no_snapshot(zygote: Zygote, tmp_path: Path, run_dir: 
         cluster.kill(cluster.alive[2])
         cluster.reform(add=1)
         cluster.wait_exits()
-        assert [e["step"] for e in cluster.events("snapshot.committed")] == [7, 12]
+        left = next(said["leaving"] for said in cluster.alive[0].said if "leaving" in said)
+        assert [e["step"] for e in cluster.events("snapshot.committed")] == [left + 1, 12]
         assert len({r["digest"] for r in cluster.results()}) == 1
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Cluster, Zygote
+
+from autoglm_elastic import wire
 
 DISK_BYTES = 4 << 20
 
@@ -100,3 +103,22 @@ def test_a_start_on_a_full_disk_is_refused(zygote: Zygote, tmp_path: Path, small
         cluster.wait_exits(code=1)
         assert "could not be written" in cluster.logs()
         assert "No space left" in cluster.logs()
+
+
+def test_a_stop_on_a_full_disk_tries_twice_and_says_that_nothing_is_durable(
+    zygote: Zygote, tmp_path: Path, small_disk: Path
+) -> None:
+    run_dir = small_disk / "run"
+    args = {"steps": 100_000, "ask_at": 2, "paced": True, "holds": [[0, 4, -1]]}
+    with Cluster(zygote, tmp_path, "train", args, run_dir=run_dir) as cluster:
+        cluster.start(2)
+        first, other = cluster.alive
+        cluster.wait_said(first, waiting=4)
+        assert [e["step"] for e in cluster.events("snapshot.committed")] == [3]
+        with full(run_dir):
+            cluster.send(other, wire.Stop(signal=int(signal.SIGTERM), deadline_s=30.0))
+            cluster.say_go()
+            cluster.wait_exits(code=128 + signal.SIGTERM)
+        done = [m for w in cluster.alive for m in w.told if isinstance(m, wire.Done)]
+        assert [d.requeue for d in done] == [False, False]
+        assert [e["step"] for e in cluster.events("snapshot.aborted")] == [done[0].step] * 2

@@ -12,7 +12,9 @@ import msgspec
 import pytest
 import torch
 
+from autoglm_elastic.core.lineage import GenerationRecord
 from autoglm_elastic.core.recovery import Holding
+from autoglm_elastic.ports import Outcome
 from autoglm_elastic.settings import Settings
 from autoglm_elastic.snapshot import Line
 from autoglm_elastic.training.agreement import NEW_INTERVAL, Held, Interval, Stored, decide
@@ -77,3 +79,16 @@ def test_a_newcomer_hears_how_far_it_has_run() -> None:
     told = decide(2, 2, [held(0, NEW_INTERVAL), held(1, Interval(40.0, True))], Stored())
     assert told.plan.tier == "live"
     assert told.interval == Interval(40.0, True)
+
+
+def test_one_that_cannot_begin_is_not_taken_for_the_one_before(run_dir: Path) -> None:
+    """Its generation's record was found to be somebody else's."""
+    ours, theirs = (GenerationRecord(1, 0, step, None, "live") for step in (1, 2))
+    with generation(run_dir, NEW_INTERVAL) as snapshots:
+        snapshots.begin(1, {OURS: {}, "x": torch.ones(4)}, {})
+        assert snapshots.wait(30.0)
+        assert snapshots.put_generation(theirs, patient=True) is Outcome.OK
+        snapshots.resumed_at(1, [ours], NEW_INTERVAL)
+        assert snapshots.begin(2, {OURS: {}, "x": torch.ones(4)}, {}, last=True) is None
+        assert not snapshots.wait(30.0)
+        assert (snapshots.newest_begun, snapshots.committed_step, snapshots.busy) == (2, 1, False)

@@ -179,10 +179,10 @@ def test_sharded_state_grows_without_a_run_directory(zygote: Zygote, tmp_path: P
 
 def test_a_planned_world_comes_before_everybody_is_in_its_parent(zygote: Zygote, tmp_path: Path) -> None:
     """One is in the parent already, another hears of both at once and goes to the newer one."""
-    with Cluster(zygote, tmp_path, "train", {"steps": 12}) as cluster:
+    with Cluster(zygote, tmp_path, "train", {"steps": 12, "holds": [[0, 4, 2]]}) as cluster:
         cluster.start(3)
         first, late, doomed = cluster.alive
-        cluster.wait_said(first, trying=4)
+        cluster.wait_said(doomed, holding=4)
         os.kill(late.pid, signal.SIGSTOP)
         cluster.kill(doomed)
         cluster.reform(reason="a node left")

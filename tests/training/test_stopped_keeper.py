@@ -17,8 +17,14 @@ WAIT_S = 60.0
 EVERY_2 = {"snapshot": {"interval_steps": 2, "interval_s": 0}}
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5], ids=["before the first snapshot", "after a snapshot"])
-def test_training_takes_all_its_steps(zygote: Zygote, tmp_path: Path, run_dir: Path, stopped_at: int) -> None:
+@pytest.mark.parametrize(
+    ("stopped_at", "until_the_end"),
+    [(1, False), (1, True), (5, False)],
+    ids=["before the first snapshot", "from the first snapshot to the last step", "after a snapshot"],
+)
+def test_training_takes_all_its_steps(
+    zygote: Zygote, tmp_path: Path, run_dir: Path, stopped_at: int, until_the_end: bool
+) -> None:
     args = {"steps": 16, "holds": [[0, stopped_at, -1], [0, 15, -1]], "memory_s": 2.0}
     with (
         contextlib.closing(Keeper.ensure(str(run_dir), rank=AGENT)) as keeper,
@@ -35,12 +41,20 @@ def test_training_takes_all_its_steps(zygote: Zygote, tmp_path: Path, run_dir: P
             cluster.wait_said(first, waiting=15)
             committed = [e["step"] for e in cluster.events("snapshot.committed")]
             assert max(committed, default=0) <= stopped_at
+            if until_the_end:
+                cluster.say_go()
+                cluster.wait(lambda: max(aborted(cluster)) >= 14, "refusal of one of the last snapshots")
         finally:
             os.kill(keeper.pid, signal.SIGCONT)
-        assert keeper.settle(WAIT_S)
-        cluster.say_go()
+        if not until_the_end:
+            assert keeper.settle(WAIT_S)
+            cluster.say_go()
         cluster.wait_exits()
         committed = [e["step"] for e in cluster.events("snapshot.committed")]
-        failed = [(e["step"], e["reason"]) for e in cluster.events("snapshot.aborted")]
-        assert committed[-1:] == [16], failed
+        assert committed[-1:] == [16], "\n".join(f"{k} {v}" for k, v in aborted(cluster).items())
         assert len({r["digest"] for r in cluster.results()}) == 1
+
+
+def aborted(cluster: Cluster) -> dict[int, str]:
+    """Why, by step."""
+    return {event["step"]: event["reason"] for event in cluster.events("snapshot.aborted")}

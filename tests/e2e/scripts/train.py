@@ -1,9 +1,11 @@
 """The five-line version of a small training; reports each step it is about to commit, and a digest of the result."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import socket
 import time
 
 import torch
@@ -18,6 +20,7 @@ parser.add_argument("--stuck-rank", type=int, default=-1)
 parser.add_argument("--stuck-step", type=int, default=-1)
 parser.add_argument("--exit-rank", type=int, default=-1)
 parser.add_argument("--exit-step", type=int, default=-1)
+parser.add_argument("--reset-step", type=int, default=-1, help="rank 0 loses all its connections, and lives")
 parser.add_argument("--raise-step", type=int, default=-1)
 parser.add_argument("--snapshot-every", type=int, default=0)
 parser.add_argument("--once", default="")
@@ -37,6 +40,14 @@ def once() -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def reset_connections() -> None:
+    """As a middlebox does: both ends live, and neither can reach the other any more."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
+            if one.family == socket.AF_INET and one.getpeername():
+                one.shutdown(socket.SHUT_RDWR)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -61,6 +72,8 @@ def train(job: elastic.Job) -> None:
         loss = model(batch).square().mean()
         if job.step == options.exit_step and job.rank == options.exit_rank and once():
             raise SystemExit(0)
+        if job.step == options.reset_step and job.rank == 0 and once():
+            reset_connections()
         if job.step == options.raise_step:
             raise ValueError("the user's own mistake")
         if job.step == options.stuck_step and job.rank == options.stuck_rank and once():
