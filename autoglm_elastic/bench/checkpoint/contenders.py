@@ -98,12 +98,7 @@ class Ours(Saver):
         pending = Pending()
         more: dict[str, Any] = {"optimizers": [self.optimizer]} if self.overlap else {}
         handle = self._manager.save(number, state, **more)
-
-        def watch() -> None:
-            result = handle.wait(WAIT_S)
-            pending.settle("" if result.committed else result.reason)
-
-        threading.Thread(target=watch, name="bench-watch", daemon=True).start()
+        handle.add_done_callback(lambda result: pending.settle("" if result.committed else result.reason))
         return pending
 
     def load(self, number: int, state: State) -> None:
