@@ -60,11 +60,13 @@ def _elsewhere(name: str, names: Iterable[str]) -> str:
 
 
 def _resembling(name: str, names: Iterable[str]) -> str:
-    """The name that comes nearest, if it is near behind what both begin with, too: a group makes no setting."""
+    """The name that comes nearest, if it is near behind the whole words that both begin with, too: a group makes no
+    setting."""
     for close in difflib.get_close_matches(name, list(names), n=3, cutoff=_LIKE):
         shared = sum(
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, close, strict=False))
         )
+        shared = 1 + max(name.rfind(".", 0, shared), name.rfind("_", 0, shared))
         rest, other = name[shared:], close[shared:]
         if not rest or not other or difflib.SequenceMatcher(None, rest, other).ratio() >= _LIKE_BEHIND:
             return close

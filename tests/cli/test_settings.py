@@ -76,6 +76,7 @@ def test_json_round_trip() -> None:
         ("snapshot: {pack_bytes_max: 1GiB}", "'1GiB'.*a whole number of bytes from 65536"),
         ("snapshot: {keep_best_is: MIN}", "keep_best_is is 'MIN'.*valid: min or max"),
         ("snapshot: {lease_s: 3}", "snapshot.lease_s: no such setting.*mean membership.lease_s"),
+        ("snapshot: {interval_stepz: 3}", "snapshot.interval_stepz: no such.*mean snapshot.interval_steps"),
         ("snapshot: {Interval_S: 3}", "snapshot.Interval_S: no such.*mean snapshot.interval_s"),
         (
             "snapshot: {compression: zstd}",
