@@ -14,7 +14,7 @@ from autoglm_elastic.agent.run_dir import (
     new_info,
     parse_info,
 )
-from autoglm_elastic.catalog import rollback
+from autoglm_elastic.catalog import generations
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs
@@ -53,7 +53,7 @@ class SnapshotPlace:
 
     def next_generation(self) -> int:
         """The first generation number that nothing there has used."""
-        return rollback.next_generation(Catalog(self._blobs))
+        return generations.next_number(Catalog(self._blobs))
 
 
 def read_info(blobs: StreamBlobs, url: str) -> RunInfo | None:

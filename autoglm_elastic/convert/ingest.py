@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from autoglm_elastic.catalog import failpoints, limits, packs
+from autoglm_elastic.catalog import failpoints, generations, limits, packs
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog.decide import Decide, Request
 from autoglm_elastic.catalog.dtypes import BY_NAME, DType
@@ -18,12 +18,11 @@ from autoglm_elastic.catalog.format import Box
 from autoglm_elastic.catalog.index import Catalog
 from autoglm_elastic.catalog.merge import structure_digest
 from autoglm_elastic.catalog.removal import remove
-from autoglm_elastic.catalog.rollback import next_generation
 from autoglm_elastic.convert._select import OnBytes
 from autoglm_elastic.core.commit import Snapshot, Verdict, Vote, VoteFrom
 from autoglm_elastic.core.lineage import GenerationRecord
-from autoglm_elastic.errors import ElasticError, PlatformError
-from autoglm_elastic.ports import AgingBlobs, Outcome, StreamBlobs
+from autoglm_elastic.errors import ElasticError
+from autoglm_elastic.ports import AgingBlobs, StreamBlobs
 from autoglm_elastic.snapshot.boxes import part, split
 from autoglm_elastic.snapshot.dtypes import versions
 from autoglm_elastic.snapshot.stage import memory_of
@@ -66,7 +65,7 @@ def ingest(
     changed then.
     """
     catalog = Catalog(blobs)
-    snapshot = Snapshot(step, next_generation(catalog))
+    snapshot = Snapshot(step, generations.next_number(catalog))
     written: list[fmt.Pack] = []
     try:
         since = blobs.now() if isinstance(blobs, AgingBlobs) else None
@@ -84,11 +83,7 @@ def ingest(
             remove(blobs, [fmt.pack_path(pack.sha256) for pack in written])
         raise
     record = GenerationRecord(snapshot.generation, -1, -1, None, TIER)
-    if catalog.put_generation(record) is not Outcome.OK:
-        raise PlatformError(
-            f"the record of generation {record.number} could not be put",
-            do="see whether a job has started here",
-        )
+    generations.put(catalog, record)
     catalog.move_hints()
     return snapshot.entry
 

@@ -91,7 +91,7 @@ class SafetensorsWriter(StorageWriter):
     Args:
         path: the run directory; or give `checkpoint_id` to dcp.save.
         step: of the snapshot; None for one more than the newest in the catalog.
-        generation: of the snapshot.
+        generation: of the snapshot; None for the newest that there is, so that it is in the lineage.
         metrics, tags: for the catalog.
     """
 
@@ -100,7 +100,7 @@ class SafetensorsWriter(StorageWriter):
         path: _PathLike | None = None,
         *,
         step: int | None = None,
-        generation: int = 0,
+        generation: int | None = None,
         metrics: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
     ) -> None:
@@ -149,7 +149,7 @@ class SafetensorsWriter(StorageWriter):
         structure = fmt.Structure(tensors=items.shapes, tree=items.values)
         digest = structure_digest(structure)
         images = Images(items.parts)
-        snapshot = Snapshot(0, self._generation)
+        snapshot = Snapshot(0, self._generation or 0)
         keeper = InProcess(_blobs(self.checkpoint_id), rank=self._rank)
         try:
             segment = keeper.segment(max(1, images.nbytes))
@@ -206,7 +206,10 @@ class SafetensorsWriter(StorageWriter):
         step = self._step
         if step is None:
             step = max((entry.step for entry in catalog.entries()), default=-1) + 1
-        snapshot = Snapshot(step, self._generation)
+        generation = self._generation
+        if generation is None:
+            generation = max((record.number for record in catalog.records()), default=0)
+        snapshot = Snapshot(step, generation)
         if snapshot.entry in catalog.names():
             raise UsageError(f"snapshot {snapshot.entry} is already in the catalog", do="give another step")
         whole = self._whole(metadata, results, snapshot)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -31,14 +32,16 @@ from autoglm_elastic.core.retention import Retention
 from autoglm_elastic.errors import ElasticError, PlatformError, UsageError
 from autoglm_elastic.ports import Outcome, StreamBlobs, Votes, VotesLost
 from autoglm_elastic.snapshot.commit import Commit, SaveResult
+from autoglm_elastic.snapshot.descent import Descent
 from autoglm_elastic.snapshot.dtypes import versions
 from autoglm_elastic.snapshot.handle import Counts, Handle
 from autoglm_elastic.snapshot.line import Line
 from autoglm_elastic.snapshot.load import LoadReport, load_into
+from autoglm_elastic.snapshot.resume import load_newest
 from autoglm_elastic.snapshot.share import excused
 from autoglm_elastic.snapshot.staging import Stager, Staging
 from autoglm_elastic.snapshot.triggers import Triggers
-from autoglm_elastic.snapshot.votes import SingleVotes
+from autoglm_elastic.snapshot.votes import GroupVotes, SingleVotes, group_of
 
 _TRIGGERS, _LOADS, _SHARES = 1, 2, 3
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
@@ -63,8 +66,11 @@ class CheckpointManager:
     Args:
         run_dir: the run directory, shared by all ranks: a path, a URL such as s3://bucket/run (docs/storage.md), or a
             `ports.StreamBlobs`.
-        generation: which generation the snapshots extend; older ones are fenced off by the lineage.
-        votes: the ranks' transport for this generation; None for a world of one.
+        process_group: whose ranks take part; None for the default group, or this process alone where there is none. The
+            constructor is a collective: it builds a gloo group of its own from it.
+        votes: the ranks' transport, in place of such a group.
+        generation: which one the snapshots extend, for a launcher that counts them; older ones are fenced off by the
+            lineage. None leaves it to `resume`.
         in_flight_max: how many snapshots may be staged and not decided; each takes memory of its own.
         line: to the node's keeper, which outlives this manager; None for one of its own.
         on_event: called with (name, fields) from whatever thread; what it raises is ignored.
@@ -78,10 +84,9 @@ class CheckpointManager:
         self,
         run_dir: str | os.PathLike[str] | StreamBlobs,
         *,
-        generation: int = 0,
+        process_group: dist.ProcessGroup | None = None,
         votes: Votes | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        generation: int | None = None,
         in_flight_max: int = limits.IN_FLIGHT_MAX,
         line: Line | None = None,
         on_event: OnEvent | None = None,
@@ -89,30 +94,25 @@ class CheckpointManager:
         grace_s: float = limits.GRACE_S,
         failpoint: Failpoints = failpoints.none,
     ) -> None:
-        if votes is None and world_size != 1:
-            raise UsageError(f"a world of {world_size} without votes", do="pass votes=GroupVotes(gloo_group)")
-        if votes is not None and (votes.rank, votes.world_size) != (rank, world_size):
-            raise UsageError(
-                f"rank {rank} of {world_size}",
-                valid=f"rank {votes.rank} of {votes.world_size}, as the votes say",
-            )
         self._listener = on_event or no_event
         self._own_line = line is None
         self._line = line or Line(run_dir, on_event=self._on_event, failpoint=failpoint)
-        self._line.enter(rank=rank, world_size=world_size, generation=generation)
         self._blobs: StreamBlobs = self._line.blobs
-        self._votes: Votes = votes or SingleVotes()
-        self._rank, self._world_size, self._generation = rank, world_size, generation
+        group = group_of(process_group) if votes is None else None
+        self._votes: Votes = votes or (SingleVotes() if group is None else GroupVotes(group))
+        self._rank, self._world_size = self._votes.rank, self._votes.world_size
         self._failpoint = failpoint
         self._catalog = Catalog(self._blobs, self._on_event)
+        self._descent = Descent(self._catalog, self._votes, _LOADS, generation)
+        self._enter()
         self._wall = SystemClock().wall
         self._housekeeper = (
             Housekeeper(self._blobs, retention, grace_s=grace_s, wall=self._wall, on_event=self._on_event)
-            if retention is not None and rank == 0
+            if retention is not None and self._rank == 0
             else None
         )
         self._triggers = Triggers(self._votes, _TRIGGERS, in_flight_max, wait_s=limits.VOTE_S)
-        self._stager = Stager(self._line, rank, world_size, failpoint)
+        self._stager = Stager(self._line, self._rank, self._world_size, failpoint)
         self._hook: Any = None
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
@@ -162,7 +162,7 @@ class CheckpointManager:
         if refusal:
             handle.settle(SaveResult(False, None, refusal))
             return handle
-        snapshot = Snapshot(step, self._generation)
+        snapshot = Snapshot(step, self._descent.number)
         request = Request(
             snapshot,
             kind,
@@ -202,16 +202,22 @@ class CheckpointManager:
             if self._closed:
                 return "the manager is closed"
         try:
+            if not self._descent.decided:
+                self._descent.join()
+                self._enter()
             if agreed:
                 self._triggers.begin()
             elif not self._triggers.trigger():
                 self.coalesced()
                 return "coalesced: another snapshot is in flight"
-        except VotesLost as error:
+        except (VotesLost, ElasticError) as error:
             with self._changed:
                 self.counts.failed += 1
             return str(error)
         return ""
+
+    def _enter(self) -> None:
+        self._line.enter(rank=self._rank, world_size=self._world_size, generation=self._descent.number)
 
     def _take_turn(self) -> ElasticError | None:
         """Reserves this rank for a snapshot that all ranks begin; why it can only vote against it here, if so."""
@@ -325,6 +331,39 @@ class CheckpointManager:
             votes=votes,
         )
         return LoadReport(chosen.name, chosen.step, chosen.generation, missing, unexpected, nbytes)
+
+    def resume(
+        self, state: MutableMapping[str, Any], *, entry: str | None = None, strict: bool = True
+    ) -> LoadReport | None:
+        """Loads the newest snapshot of the lineage that is whole on every rank, and goes on from it: what is saved from
+        now on is of a new generation that extends it, and what an earlier process of this program may still write is
+        outside of the lineage. All ranks call it. None when there is no snapshot: `state` is as it was, and what is
+        saved begins from nothing.
+
+        For a program without a launcher, when it starts, and whenever it goes back to an older state. Not while
+        something else writes to the directory: to look at a snapshot there is `load`.
+
+        Args:
+            entry: this one and no other; None for the newest. One that is corrupt is told of as `snapshot.rejected`,
+                and the next older one is tried.
+            strict: as in `load`.
+
+        Raises:
+            CorruptSnapshot: there are snapshots, and none of them is whole; `state` may be partly overwritten.
+            ElasticError: on the rank where something else went wrong; PlatformError on the others.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_flight, timeout=limits.CLOSE_S)
+        report = load_newest(
+            self._votes.channel(_LOADS),
+            lambda: [entry] if entry else [each.name for each in self._catalog.candidates()],
+            lambda name: self.load(state, entry=name, strict=strict, together=self._blobs.remote),
+            lambda name, why: self._on_event("snapshot.rejected", {"entry": name, "reason": why}),
+        )
+        if not self._descent.given:
+            self._descent.begin(report.entry if report else None)
+            self._enter()
+        return report
 
     def _agree_on_newest(self) -> str:
         name = ""

@@ -7,14 +7,17 @@ gets `VotesLost` then."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 
 from autoglm_elastic.catalog import limits
+from autoglm_elastic.errors import PlatformError, UsageError
 from autoglm_elastic.ports import Votes, VotesLost
 
 _TAG_BASE: Final = 0x0A00
@@ -48,6 +51,43 @@ class SingleVotes:
 
     def leave(self) -> None:
         """Nobody waits."""
+
+
+def group_of(process_group: dist.ProcessGroup | None) -> Any:
+    """A gloo group for the votes of all ranks, or of those of `process_group`; None for one alone. Collective.
+
+    Raises:
+        UsageError: there should be other ranks, but torch.distributed does not know of them.
+        PlatformError: the group could not be built.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        launched = os.environ.get("WORLD_SIZE", "1")
+        if process_group is not None or launched not in ("", "1"):
+            raise UsageError(
+                f"WORLD_SIZE is {launched}, but torch.distributed is not initialized",
+                valid="a process group, or votes=SingleVotes() for a directory that this process alone writes to",
+                do="call torch.distributed.init_process_group() first",
+            )
+        return None
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    if dist.get_rank() not in ranks:
+        raise UsageError(f"rank {dist.get_rank()} is none of the process group's", valid=f"one of {ranks}")
+    if len(ranks) == 1:
+        return None
+    try:
+        return _build(ranks, ranks.index(dist.get_rank()))
+    except (RuntimeError, ValueError) as error:
+        raise PlatformError(f"no gloo group for the votes: {error}") from error
+
+
+def _build(ranks: list[int], rank: int) -> Any:
+    """Known to nobody but its owner. In a place of its own in the store, counted there: a name that is used twice would
+    lead to the addresses of a group that is gone."""
+    store = _get_default_store()
+    place = f"autoglm/votes/{','.join(map(str, ranks))}"
+    count = store.add(f"{place}/{rank}", 1)
+    timeout = timedelta(seconds=limits.VOTE_S)
+    return ProcessGroupGloo(PrefixStore(f"{place}/{count}", store), rank, len(ranks), timeout)
 
 
 class GroupVotes:

@@ -144,7 +144,7 @@ class Snapshots(Stored):
         votes_group: Callable[[], Any],
         emit: Emit,
     ) -> None:
-        from autoglm_elastic.snapshot import CheckpointManager
+        from autoglm_elastic.snapshot import CheckpointManager, SingleVotes
 
         self._votes = LateVotes(rank, world_size)
         self._votes_group = votes_group
@@ -153,9 +153,7 @@ class Snapshots(Stored):
             line.blobs,
             line=line,
             generation=generation,
-            votes=self._votes if world_size > 1 else None,
-            rank=rank,
-            world_size=world_size,
+            votes=self._votes if world_size > 1 else SingleVotes(),
             on_event=emit,
             retention=settings.snapshot.retention(),
             grace_s=settings.snapshot.gc_grace_s,

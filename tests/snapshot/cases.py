@@ -57,7 +57,7 @@ class World:
 
     def manager(self, **options: Any) -> CheckpointManager:
         votes = GroupVotes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
-        return CheckpointManager(self.run_dir, votes=votes, rank=self.rank, world_size=self.size, **options)
+        return CheckpointManager(self.run_dir, votes=votes, **options)
 
 
 def mesh_of(world: World, dims: list[int]) -> DeviceMesh:
@@ -136,6 +136,7 @@ def apart(world: World, *, first: int) -> Any:
     with world.group(), world.manager() as manager:
         store = dist.FileStore(str(world.scratch / "apart"), world.size)
         committed = []
+        manager.resume({})
         for step in range(3):
             if world.rank != first:
                 store.wait([f"saved/{step}"])
@@ -355,7 +356,7 @@ def together(
         mesh = mesh_of(world, dims)
         votes = _DiesAtSwap if how == "dies" and world.rank == 1 else GroupVotes
         group = votes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
-        with CheckpointManager(world.run_dir, votes=group, rank=world.rank, world_size=world.size) as manager:
+        with CheckpointManager(world.run_dir, votes=group) as manager:
             blank = {name: torch.zeros_like(tensor) for name, tensor in values(0).items()}
             state = state_of(mesh, blank, parse(placements))
             if how == "misfit" and world.rank == 1:
@@ -373,7 +374,7 @@ def from_store(world: World, *, url: str, environment: dict[str, str]) -> Any:
     os.environ.update(environment)
     with world.group():
         votes = GroupVotes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
-        with CheckpointManager(url, votes=votes, rank=world.rank, world_size=world.size) as manager:
+        with CheckpointManager(url, votes=votes) as manager:
             if not manager.save(1, {"model": values(1)}).wait(WAIT_S).committed:
                 raise AssertionError("not committed")
             dist.barrier()

@@ -112,7 +112,7 @@ def joined(world: World, blobs: CountedBlobs, *, timeout_s: float = WAIT_S) -> I
     store = dist.FileStore(str(world.scratch / "store"), world.size)
     dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
     votes = GroupVotes(dist.new_group(backend="gloo"), timeout_s=WAIT_S)
-    with CheckpointManager(blobs, votes=votes, rank=world.rank, world_size=world.size) as manager:  # type: ignore[arg-type]
+    with CheckpointManager(blobs, votes=votes) as manager:  # type: ignore[arg-type]
         yield manager
 
 

@@ -84,9 +84,9 @@ def _serve() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.tensor
 
-    from tests.snapshot import cases, loads
+    from tests.snapshot import alone, cases, loads
 
-    modules = {"cases": cases, "loads": loads}
+    modules = {"cases": cases, "loads": loads, "alone": alone}
     torch.set_num_threads(1)
     for number, line in enumerate(sys.stdin):
         request = json.loads(line)

@@ -90,9 +90,7 @@ class Ours(Saver):
 
     def __init__(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
         super().__init__(folder, optimizer)
-        self._manager = CheckpointManager(
-            folder, votes=GroupVotes(self.group), rank=dist.get_rank(), world_size=dist.get_world_size()
-        )
+        self._manager = CheckpointManager(folder, votes=GroupVotes(self.group))
 
     def save(self, number: int, state: State) -> Pending:
         pending = Pending()
