@@ -73,6 +73,18 @@ def test_each_save_is_a_snapshot_of_its_own(run_dir: Path) -> None:
         assert equal(loaded, state(fill))
 
 
+def test_a_save_is_in_the_lineage(run_dir: Path) -> None:
+    with CheckpointManager(run_dir) as manager:
+        manager.resume(state(0.0))
+        assert manager.save(7, state()).wait(WAIT_S).committed
+        writer = SafetensorsWriter(run_dir)
+        dcp.save(state(2.0), storage_writer=writer)
+        assert writer.entry == "000000000008-g1"
+        newest = manager.newest()
+        assert newest is not None
+        assert newest.name == writer.entry
+
+
 def test_async_save(run_dir: Path) -> None:
     live = state(1.0)
     writer = SafetensorsWriter(run_dir)
