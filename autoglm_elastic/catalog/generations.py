@@ -20,6 +20,11 @@ def next_number(catalog: Catalog) -> int:
     return max(used, default=0) + 1
 
 
+def newest_number(catalog: Catalog) -> int:
+    """Of the newest record; 0 where there is none."""
+    return max((record.number for record in catalog.records()), default=0)
+
+
 def extend(catalog: Catalog, entry: CatalogEntry | None, tier: str) -> GenerationRecord:
     """Puts the record of a new generation that extends `entry`; None: that begins from nothing.
 

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from autoglm_elastic.catalog import failpoints, limits, tree
+from autoglm_elastic.catalog import failpoints, generations, limits, tree
 from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog.decide import Decide, Request
 from autoglm_elastic.catalog.dtypes import DType
@@ -208,7 +208,7 @@ class SafetensorsWriter(StorageWriter):
             step = max((entry.step for entry in catalog.entries()), default=-1) + 1
         generation = self._generation
         if generation is None:
-            generation = max((record.number for record in catalog.records()), default=0)
+            generation = generations.newest_number(catalog)
         snapshot = Snapshot(step, generation)
         if snapshot.entry in catalog.names():
             raise UsageError(f"snapshot {snapshot.entry} is already in the catalog", do="give another step")

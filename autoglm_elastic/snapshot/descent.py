@@ -4,22 +4,11 @@ one whenever the program resumes (core/lineage.py)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-import msgspec
-
-from autoglm_elastic.catalog import format as fmt
 from autoglm_elastic.catalog import generations
 from autoglm_elastic.catalog.index import Catalog
-from autoglm_elastic.errors import ElasticError, PlatformError
-from autoglm_elastic.ports import Votes, VotesLost
-
-_TIERS: Final = {True: "disk", False: "fresh"}
-
-
-class _Told(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    number: int = -1
-    failed: str = ""
+from autoglm_elastic.ports import Votes
+from autoglm_elastic.snapshot.word import of_rank_0
 
 
 class Descent:
@@ -41,27 +30,14 @@ class Descent:
     def join(self) -> None:
         """Collective: the newest generation that there is, as if this were the process that began it. Raises
         ElasticError."""
-        self._agree(lambda: max((record.number for record in self._catalog.records()), default=0))
+        self._agree(lambda: generations.newest_number(self._catalog))
 
     def _extend(self, entry: str | None) -> int:
-        chosen = None if entry is None else self._catalog.entry(entry)
-        return generations.extend(self._catalog, chosen, _TIERS[chosen is not None]).number
+        if entry is None:
+            return generations.extend(self._catalog, None, "fresh").number
+        return generations.extend(self._catalog, self._catalog.entry(entry), "disk").number
 
     def _agree(self, decide: Callable[[], int]) -> None:
-        """Rank 0 decides, all hear of it."""
-        told, failure = _Told(), None
-        if self._votes.rank == 0:
-            try:
-                told = _Told(decide())
-            except ElasticError as error:
-                told, failure = _Told(failed=str(error)), error
-        try:
-            heard = self._votes.channel(self._channel).broadcast(
-                fmt.encode(told) if self._votes.rank == 0 else None
-            )
-        except VotesLost as error:
-            raise PlatformError(f"no agreement on the generation: {error}") from error
-        told = fmt.decode(heard, _Told, "the generation")
-        if told.failed:
-            raise failure or PlatformError(f"rank 0: {told.failed}")
-        self.number, self.decided = told.number, True
+        votes = self._votes.channel(self._channel)
+        self.number = int(of_rank_0(votes, "the generation", lambda: str(decide())))
+        self.decided = True

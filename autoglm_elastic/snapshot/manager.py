@@ -42,6 +42,7 @@ from autoglm_elastic.snapshot.share import excused
 from autoglm_elastic.snapshot.staging import Stager, Staging
 from autoglm_elastic.snapshot.triggers import Triggers
 from autoglm_elastic.snapshot.votes import GroupVotes, SingleVotes, group_of
+from autoglm_elastic.snapshot.word import of_rank_0
 
 _TRIGGERS, _LOADS, _SHARES = 1, 2, 3
 """Conversations beside the commit's own: may be held by the training thread while a commit is under way."""
@@ -366,20 +367,11 @@ class CheckpointManager:
         return report
 
     def _agree_on_newest(self) -> str:
-        name = ""
-        failure: ElasticError | None = None
-        if self._rank == 0:
-            try:
-                newest = self.newest()
-                name = newest.name if newest else ""
-            except ElasticError as error:
-                failure = error
-        try:
-            name = self._votes.channel(_LOADS).broadcast(name.encode() if self._rank == 0 else None).decode()
-        except VotesLost as error:
-            raise PlatformError(f"no agreement on the snapshot to load: {error}") from error
-        if failure is not None:
-            raise failure
+        def find() -> str:
+            newest = self.newest()
+            return newest.name if newest else ""
+
+        name = of_rank_0(self._votes.channel(_LOADS), "the snapshot to load", find)
         if not name:
             raise UsageError("the run directory has no snapshot", do="save one first")
         return name

@@ -91,6 +91,20 @@ def test_a_state_that_does_not_fit_on_one_rank_stops_all(ranks: Ranks, tmp_path:
     assert len(list((tmp_path / "run" / "generations").iterdir())) == 1
 
 
+def test_what_rank_0_cannot_read_all_ranks_hear_of(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.values("alone.run", 2, tmp_path, saves=[1])
+    record = tmp_path / "run" / "generations" / "1.json"
+    record.chmod(0o644)
+    record.write_text("{}")
+    first, second = ranks.values("alone.fails", 2, tmp_path)
+    assert first[0] == "CorruptSnapshot"
+    assert first[1].startswith("generations/1.json")
+    assert second == ["PlatformError", first[1]]
+    (mine,), (other,) = ranks.values("alone.without_resume", 2, tmp_path, steps=[2])
+    assert mine == first[1]
+    assert other == f"rank 0: {mine}"
+
+
 def test_going_back_in_the_midst_of_a_run(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.values("alone.goes_back", 2, tmp_path) == [[[""] * 4, "000000000002-g2"]] * 2
     assert ranks.values("alone.run", 2, tmp_path, saves=[]) == [[2, [], []]] * 2

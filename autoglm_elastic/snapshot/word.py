@@ -1,0 +1,39 @@
+"""What rank 0 finds out, and all ranks have to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from autoglm_elastic.catalog import format as fmt
+from autoglm_elastic.errors import ElasticError, PlatformError
+from autoglm_elastic.ports import Votes, VotesLost
+
+
+class _Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    said: str = ""
+    failed: str = ""
+
+
+def of_rank_0(votes: Votes, what: str, find_out: Callable[[], str]) -> str:
+    """Collective: rank 0 finds out, all hear of it.
+
+    Raises:
+        ElasticError: what `find_out` raised, on rank 0; PlatformError that says so on the others, and on all when
+            nothing could be heard.
+    """
+    word, failure = _Word(), None
+    if votes.rank == 0:
+        try:
+            word = _Word(find_out())
+        except ElasticError as error:
+            word, failure = _Word(failed=str(error)), error
+    try:
+        heard = votes.broadcast(fmt.encode(word) if votes.rank == 0 else None)
+    except VotesLost as error:
+        raise PlatformError(f"no agreement on {what}: {error}") from error
+    word = fmt.decode(heard, _Word, what)
+    if word.failed:
+        raise failure or PlatformError(f"rank 0: {word.failed}")
+    return word.said
