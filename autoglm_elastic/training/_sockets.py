@@ -95,7 +95,9 @@ class BreakableSockets:
     def _note(self) -> None:
         now = connected()
         with self._lock:
-            self._ours.update({fd: inode for fd, inode in now.items() if self._before.get(fd) != inode})
+            # A breaker that looked while `noting` ended may have seen sockets of what comes after it.
+            if self._depth:
+                self._ours.update({fd: inode for fd, inode in now.items() if self._before.get(fd) != inode})
 
     def _shutdown_known(self) -> None:
         with self._lock:

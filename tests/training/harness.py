@@ -126,7 +126,8 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for worker in self.all:
             if worker.pid not in self.zygote.exits:
-                os.kill(worker.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and we have not read of it yet
+                    os.kill(worker.pid, signal.SIGKILL)
         self.wait(lambda: all(worker.pid in self.zygote.exits for worker in self.all), "workers to end")
         for worker in self.all:
             worker.control.close()
@@ -217,7 +218,7 @@ class Cluster:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     self._dump_stacks()
-                    raise AssertionError(f"no {what} within {limit_s} s\n{self.logs()}")
+                    raise AssertionError(f"no {what} within {limit_s} s\n{self._words()}\n{self.logs()}")
                 for key, _ in selector.select(left):
                     if key.fileobj is self.zygote.channel:
                         self.zygote.receive()
@@ -229,10 +230,14 @@ class Cluster:
                         packet = b""
                     if not packet:
                         selector.unregister(sock)
-                    elif sock is worker.report:
-                        worker.said.append(json.loads(packet))
                     else:
-                        worker.told.append(wire.decode_to_agent(packet))
+                        self._take(worker, sock, packet)
+
+    def _take(self, worker: Worker, sock: socket.socket, packet: bytes) -> None:
+        if sock is worker.report:
+            worker.said.append(json.loads(packet))
+        else:
+            worker.told.append(wire.decode_to_agent(packet))
 
     def wait_said(self, worker: Worker, **expected: Any) -> dict[str, Any]:
         """The first thing a worker says that has these items."""
@@ -252,10 +257,18 @@ class Cluster:
     def wait_exits(self, *, code: int | None = 0) -> None:
         """All living workers end, with this exit code."""
         self.wait(lambda: all(worker.pid in self.zygote.exits for worker in self.alive), "end of the workers")
-        self.wait(self._drained, "last words")
+        self.wait_last_words()
         for worker in self.alive:
             got = self.zygote.exits[worker.pid]
             assert code is None or got == code, f"exit code {got} of rank {worker.rank}\n{self.logs()}"
+
+    def wait_last_words(self) -> None:
+        """An end may be known before what was said ahead of it, which waits in the sockets then."""
+        for worker in self.all:
+            for sock in (worker.control, worker.report):
+                with contextlib.suppress(OSError):
+                    while packet := sock.recv(1 << 20, socket.MSG_DONTWAIT):
+                        self._take(worker, sock, packet)
 
     def results(self) -> list[dict[str, Any]]:
         """What each living worker said last as its result, by rank."""
@@ -277,6 +290,16 @@ class Cluster:
             if isinstance(message, wire.Event) and message.name == name
         ]
 
+    def _words(self) -> str:
+        """Who lives in which generation, and what each said last."""
+        lines = [f"generation {self.generation}"]
+        for worker in self.alive:
+            said = f"{worker.said[-2:]} {worker.told[-3:]}"
+            lines.append(
+                f"rank {worker.rank}, pid {worker.pid}, exit {self.zygote.exits.get(worker.pid)}: {said}"
+            )
+        return "\n".join(lines)
+
     def logs(self) -> str:
         return "\n".join(f"--- {w.log.name}\n{w.log.read_text()[-3000:]}" for w in self.all if w.log.exists())
 
@@ -290,9 +313,6 @@ class Cluster:
                 with contextlib.closing(os.fdopen(pidfd)):
                     signal.pidfd_send_signal(pidfd, signal.SIGABRT)
                     select.select([pidfd], [], [], DUMP_LIMIT_S)
-
-    def _drained(self) -> bool:
-        return True
 
     def _spawn(self) -> Worker:
         control, control_theirs = wire.control_pair()

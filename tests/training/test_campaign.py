@@ -52,6 +52,7 @@ def play(cluster: Cluster) -> int:
         )
         lost = [w for w in cluster.alive if cluster.zygote.exits.get(w.pid)]
         if not lost:
+            cluster.wait_last_words()
             return died
         for worker in lost:
             assert cluster.zygote.exits[worker.pid] == -9, (

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from autoglm_elastic.training import _sockets
 from autoglm_elastic.training._sockets import BreakableSockets, connected
 
 WAIT_S = 20.0
@@ -70,3 +71,31 @@ def test_one_that_listens_and_those_of_others_are_left_alone() -> None:
                     assert late.recv(1) == b""
             client.sendall(b"x")
             assert accepted.recv(1) == b"x"
+
+
+def test_what_comes_after_is_left_alone_by_a_breaker_that_still_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sockets = BreakableSockets()
+    looks, ended = threading.Event(), threading.Event()
+    breaker = ""
+
+    def slow() -> dict[int, int]:
+        if threading.current_thread().name == breaker:
+            looks.set()
+            assert ended.wait(WAIT_S)
+        return connected()
+
+    monkeypatch.setattr(_sockets, "connected", slow)
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+        thread = threading.Thread(target=sockets.shutdown, args=(PROMPT_S,))
+        breaker = thread.name
+        with sockets.noting():
+            thread.start()
+            assert looks.wait(WAIT_S)
+        client = opened.enter_context(socket.create_connection(listener.getsockname()))
+        accepted = opened.enter_context(listener.accept()[0])
+        ended.set()
+        thread.join(WAIT_S)
+        client.sendall(b"x")
+        assert accepted.recv(1) == b"x"
