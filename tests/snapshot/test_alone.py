@@ -72,6 +72,7 @@ def test_what_one_rank_finds_corrupt_no_rank_resumes_from(ranks: Ranks, tmp_path
     assert ranks.values("alone.run", 2, tmp_path, saves=[]) == [[3, [], []]] * 2
 
 
+@pytest.mark.long
 def test_when_nothing_is_whole_nobody_starts_anew(ranks: Ranks, tmp_path: Path) -> None:
     ranks.values("alone.run", 2, tmp_path, saves=[1])
     (pack,) = packs_of(tmp_path / "run", "000000000001-g1", rank=1)
@@ -105,6 +106,7 @@ def test_what_rank_0_cannot_read_all_ranks_hear_of(ranks: Ranks, tmp_path: Path)
     assert other == f"rank 0: {mine}"
 
 
+@pytest.mark.long
 def test_going_back_in_the_midst_of_a_run(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.values("alone.goes_back", 2, tmp_path) == [[[""] * 4, "000000000002-g2"]] * 2
     assert ranks.values("alone.run", 2, tmp_path, saves=[]) == [[2, [], []]] * 2
@@ -116,6 +118,7 @@ def test_an_earlier_process_that_goes_on_does_not_count_any_more(ranks: Ranks, t
     assert "000000000004-g1" in names(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_the_ranks_of_a_group(ranks: Ranks, tmp_path: Path) -> None:
     results = ranks.values("alone.subgroups", 4, tmp_path)
     for rank, (committed, sizes, said) in enumerate(results):
