@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from autoglm_elastic.catalog import format as fmt
-from autoglm_elastic.errors import CorruptSnapshot, ElasticError, PlatformError
+from autoglm_elastic.errors import CorruptSnapshot, PlatformError
 from autoglm_elastic.ports import Votes, VotesLost
 from autoglm_elastic.snapshot.load import LoadReport
+from autoglm_elastic.snapshot.word import in_words
 
 
 class _Next(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,8 +79,7 @@ def _follow(votes: Votes, load: Callable[[str], LoadReport], lead: _Lead | None)
             own = error
         found = _Found()
         if own is not None:
-            said = str(own) if isinstance(own, ElasticError) else f"{type(own).__name__}: {own}"
-            found = _Found(said, isinstance(own, CorruptSnapshot))
+            found = _Found(in_words(own), isinstance(own, CorruptSnapshot))
         all_found = votes.gather(fmt.encode(found))
         if lead is not None and all_found is not None:
             lead.hear(step.entry, [fmt.decode(one, _Found, "what a rank found") for one in all_found])
@@ -97,12 +97,12 @@ class _Lead:
         self._votes, self._rejected = votes, rejected
         self._last = ""
         self._over: _Next | None = None
-        self.failure: ElasticError | None = None
+        self.failure: Exception | None = None
         try:
             self._names = list(candidates())
-        except ElasticError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is: nobody waits for what is not said
             self.failure = error
-            self._over = _Next(failed=str(error))
+            self._over = _Next(failed=in_words(error))
         self._count = 0
 
     def next(self) -> _Next:

@@ -16,19 +16,25 @@ class _Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     failed: str = ""
 
 
+def in_words(error: Exception) -> str:
+    """For the other ranks: never empty."""
+    return str(error) if isinstance(error, ElasticError) else f"{type(error).__name__}: {error}"
+
+
 def of_rank_0(votes: Votes, what: str, find_out: Callable[[], str]) -> str:
     """Collective: rank 0 finds out, all hear of it.
 
     Raises:
-        ElasticError: what `find_out` raised, on rank 0; PlatformError that says so on the others, and on all when
-            nothing could be heard.
+        PlatformError: what `find_out` raised, on the other ranks (on rank 0 it is raised as it is); on all when nothing
+            could be heard.
     """
-    word, failure = _Word(), None
+    word = _Word()
+    failure: Exception | None = None
     if votes.rank == 0:
         try:
             word = _Word(find_out())
-        except ElasticError as error:
-            word, failure = _Word(failed=str(error)), error
+        except Exception as error:  # noqa: BLE001 - whatever it is: nobody waits for what is not said
+            word, failure = _Word(failed=in_words(error)), error
     try:
         heard = votes.broadcast(fmt.encode(word) if votes.rank == 0 else None)
     except VotesLost as error:
